@@ -1,0 +1,28 @@
+# `make demo` and `make test` are all a fresh machine needs: both make .venv and install the project first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= outputs/demo
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 or later is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12" if v < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/compare_methods.py --config configs/cifar10-small.yml --methods nearest quick --weight_bit 4 --act_bit 8 --a_sym --split --outdir $(OUT)
+
+test: install lint
+	$(BIN)/python -m pytest -q tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,32 @@
+"""Package metadata and dependencies: `pip install -e .[test]` is all a clone needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="qdiff",
+    version="0.1.0",
+    description="Post-training quantization of diffusion models: calibrate, compare, and run for real",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["qdiff", "qdiff.*", "ddim", "ddim.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision",
+        "numpy",
+        "omegaconf",
+        "pyyaml",
+        "safetensors",
+        "tqdm",
+        "torch-fidelity",
+        "matplotlib",
+    ],
+    extras_require={
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "diffusers": ["diffusers"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+)
