@@ -1,0 +1,17 @@
+"""Real images for the evaluation tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def cifar_test():
+    """The first 200 CIFAR-10 test images, uint8 [200, 3, 32, 32], and their labels [200]."""
+    with np.load(FIXTURES / "cifar10_test_200.npz") as saved:
+        images = torch.from_numpy(saved["images"]).permute(0, 3, 1, 2).contiguous()
+        return images, torch.from_numpy(saved["labels"]).long()
