@@ -1,0 +1,59 @@
+"""The pixel U-Net of the DDPM family (CIFAR-10, LSUN)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ddim.attention import DotProductAttention
+from ddim.chain import Segment, State
+from ddim.layers import ResnetBlock
+from ddim.network import DDPMUNet
+
+
+class DDIMAdapter:
+    """See `qdiff.adapters.base.Adapter`."""
+
+    family = "ddim"
+
+    def build(self, config: dict[str, Any]) -> DDPMUNet:
+        return DDPMUNet(**config).eval()
+
+    def config_of(self, network: DDPMUNet) -> dict[str, Any]:
+        return dict(network.config)
+
+    def num_timesteps(self, network: DDPMUNet) -> int:
+        return network.num_diffusion_timesteps
+
+    def start(self, network: DDPMUNet, x: Tensor, t: Tensor) -> State:
+        return network.start(x, t)
+
+    def chain(self, network: DDPMUNet) -> list[Segment]:
+        return network.chain()
+
+    def split_boundaries(self, network: DDPMUNet) -> dict[str, int]:
+        found = {}
+        for name, block in network.named_modules():
+            if (
+                isinstance(block, ResnetBlock)
+                and block.shortcut_boundary is not None
+                and hasattr(block, "nin_shortcut")
+            ):
+                found[f"{name}.nin_shortcut"] = block.shortcut_boundary
+        return found
+
+    def attention_products(self, network: DDPMUNet) -> dict[str, nn.Module]:
+        return {name: m for name, m in network.named_modules() if isinstance(m, DotProductAttention)}
+
+    def middle_attention(self, network: DDPMUNet) -> str:
+        return "mid.attn_1"
+
+    def time_layers(self, network: DDPMUNet) -> list[str]:
+        return [f"{name}.temb_proj" for name, m in network.named_modules() if isinstance(m, ResnetBlock)]
+
+    def published_name(self, quantizer: str) -> str:
+        return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")
+
+    def published_softmax_kind(self, act_kind: str) -> str:
+        return act_kind  # like every other activation: see `symmetric_softmax` in qdiff.spec.COMPAT

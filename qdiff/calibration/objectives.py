@@ -1,0 +1,48 @@
+"""What a unit minimises while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qdiff.arithmetic import soft_round
+from qdiff.spec import Loss, RoundingPenalty
+
+
+def lp_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """output, target: the same shape, axis 1 the channels. Returns the scalar L_p of `loss` (methods §0)."""
+    error = (output - target).abs()
+    error = error.square() if loss.p == 2 else error.pow(loss.p)
+    return error.mean() if loss.reduction == "mean" else error.sum(1).mean()
+
+
+def temperature(penalty: RoundingPenalty, iteration: int, iterations: int) -> float | None:
+    """beta of AdaRound's penalty at an iteration; None during the warm-up, in which the penalty is off."""
+    start = penalty.warmup * iterations
+    if iteration < start:
+        return None
+    share = (iteration - start) / max(1.0, iterations - start)
+    return penalty.beta_end + (penalty.beta_start - penalty.beta_end) * max(0.0, 1 - share)
+
+
+def rounding_penalty(
+    alphas: Sequence[Tensor], penalty: RoundingPenalty | None, iterations: int
+) -> Callable[[int], Tensor | float]:
+    """iteration -> weight * sum(1 - |2 h(alpha) - 1|^beta) over all the variables."""
+
+    def at(iteration: int) -> Tensor | float:
+        beta = None if penalty is None else temperature(penalty, iteration, iterations)
+        if beta is None or not alphas:
+            return 0.0
+        total = sum((1 - (2 * soft_round(alpha) - 1).abs().pow(beta)).sum() for alpha in alphas)
+        return penalty.weight * total
+
+    return at
+
+
+def mean_lp(outputs: Tensor, targets: Tensor, loss: Loss) -> float:
+    """`lp_loss` of many samples without gradients, as a number."""
+    with torch.no_grad():
+        return float(lp_loss(outputs, targets, loss))

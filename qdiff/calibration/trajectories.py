@@ -1,0 +1,164 @@
+"""Float sampling states (x_t, t) of every network call of a sampler: recorded once, streamed to disk, read back.
+
+Layouts: a folder of native shards (`shard_00000.safetensors`, one per batch of seeds), or the original toolkit's one
+`.pt` dictionary with xs [S][N, C, H, W] and ts [S][N], step 0 the noisiest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qdiff.files import load_pickle, save_safetensors
+
+FORMAT = "qdiff-trajectories-1"
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """xs: S tensors [N, C, H, W], ts: S tensors [N]; S network calls of N independent samples, noisiest first.
+
+    `extra` holds conditioning per call under the original names (cs, ucs), S tensors each.
+    """
+
+    xs: tuple[Tensor, ...]
+    ts: tuple[Tensor, ...]
+    extra: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def steps(self) -> int:
+        """Number of recorded network calls per sample."""
+        return len(self.xs)
+
+    @property
+    def samples(self) -> int:
+        """Number of independent samples."""
+        return len(self.xs[0])
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[S] float: the timestep of each call (of its first sample)."""
+        return torch.stack([t.flatten()[0].double() for t in self.ts])
+
+
+class Recorder:
+    """Collects the network calls of one sampling run: give its `add` to the sampler's driver as observer."""
+
+    def __init__(self) -> None:
+        self.xs: list[Tensor] = []
+        self.ts: list[Tensor] = []
+
+    def add(self, call) -> None:
+        """call: anything with x [N, C, H, W] and t [N]."""
+        self.xs.append(call.x.detach().cpu().clone())
+        self.ts.append(call.t.detach().cpu().clone())
+
+    def trajectories(self) -> Trajectories:
+        """What has been collected."""
+        return Trajectories(tuple(self.xs), tuple(self.ts), {})
+
+
+def concatenate(parts: Iterable[Trajectories]) -> Trajectories:
+    """Trajectories of several batches of samples as one. Raises ValueError when their steps differ."""
+    parts = list(parts)
+    if len({part.steps for part in parts}) != 1:
+        raise ValueError(f"trajectories of different lengths: {sorted({part.steps for part in parts})} steps")
+
+    def join(columns: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(step) for step in zip(*columns, strict=True))
+
+    extra = {key: join([part.extra[key] for part in parts]) for key in parts[0].extra}
+    return Trajectories(join([part.xs for part in parts]), join([part.ts for part in parts]), extra)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where the shard of the index-th batch of seeds lies."""
+    return Path(folder) / f"shard_{index:05d}.safetensors"
+
+
+def save_shard(trajectories: Trajectories, path: Path, provenance: dict) -> None:
+    """Write one native shard atomically, provenance as JSON in its metadata."""
+    tensors = {"xs": torch.stack(trajectories.xs), "ts": torch.stack(trajectories.ts)}
+    tensors |= {key: torch.stack(column) for key, column in trajectories.extra.items()}
+    save_safetensors(tensors, path, {"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)})
+
+
+def shard_provenance(path: Path) -> dict:
+    """The provenance a shard was written with. Raises ValueError naming a file that is not a shard."""
+    with _open_shard(path) as shard:
+        return json.loads(shard.metadata()["provenance"])
+
+
+def _open_shard(path: Path):
+    try:
+        shard = safe_open(path, "pt")
+        found = (shard.metadata() or {}).get("format")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable trajectory shard: {error}") from error
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected a trajectory shard ({FORMAT}), found {found or 'another safetensors file'}")
+    return shard
+
+
+def _load_shard(path: Path) -> Trajectories:
+    with _open_shard(path) as shard:
+        columns = {key: tuple(shard.get_tensor(key).unbind(0)) for key in shard.keys()}  # noqa: SIM118
+    return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
+
+
+def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = None) -> Trajectories:
+    """Read calibration data: a folder of native shards, one shard, or an original `.pt` file.
+
+    shape: (C, H, W) the network takes. Raises FileNotFoundError, or ValueError naming the file, what was expected and
+    what was found.
+    """
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(path.glob("shard_*.safetensors"))
+        if not shards:
+            raise FileNotFoundError(f"{path}: expected shard_*.safetensors files of calibration data, found none")
+        found = concatenate(_load_shard(shard) for shard in shards)
+    elif not path.exists():
+        raise FileNotFoundError(f"{path}: no such calibration data")
+    else:
+        found = _load_shard(path) if path.suffix == ".safetensors" else _load_original(path)
+    if shape is not None and tuple(found.xs[0].shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"{path}: expected calibration states of shape {tuple(shape)}, found {tuple(found.xs[0].shape[1:])}"
+        )
+    return found
+
+
+def _load_original(path: Path) -> Trajectories:
+    content = load_pickle(path, "calibration data")
+    if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
+        found = sorted(map(str, content))[:4] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected calibration data with xs and ts, found {found}")
+    columns = {key: tuple(content[key]) for key in ("xs", "ts", "cs", "ucs") if key in content}
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not columns["xs"]:
+        raise ValueError(f"{path}: expected as many steps in every column, found {lengths}")
+    for x, t in zip(columns["xs"], columns["ts"], strict=True):
+        if x.dim() != 4 or t.shape != x.shape[:1]:
+            raise ValueError(
+                f"{path}: expected xs [N, C, H, W] and ts [N], found {tuple(x.shape)} and {tuple(t.shape)}"
+            )
+    return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
+
+
+def original_layout(trajectories: Trajectories) -> dict[str, Tensor]:
+    """The dictionary that the original toolkit reads with `torch.load`: stacked xs, ts (and cs, ucs)."""
+    columns = {"xs": trajectories.xs, "ts": trajectories.ts, **trajectories.extra}
+    return {key: torch.stack(column) for key, column in columns.items()}
+
+
+def stream(batches: Iterator[tuple[int, Trajectories]], folder: Path, provenance: dict) -> None:
+    """Write each (shard index, trajectories) as it comes."""
+    for index, part in batches:
+        save_shard(part, shard_path(folder, index), provenance | {"shard": index, "samples": part.samples})

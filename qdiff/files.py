@@ -1,0 +1,75 @@
+"""Safe reading and atomic writing of files: nothing is unpickled freely, nothing is left half-written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder that becomes `path` if the block ends well, and vanishes if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write tensors and string metadata atomically."""
+    with atomic(path) as temporary:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+
+
+def save_pickle(content: Any, path: str | Path) -> None:
+    """`torch.save`, atomically."""
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_pickle(path: str | Path, what: str) -> Any:
+    """`torch.load` of tensors and plain containers only.
+
+    Raises FileNotFoundError, or ValueError naming the file and the class of a foreign object, or saying that the file
+    is truncated or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {what}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = _foreign_object(str(error)) or "truncated or not a PyTorch file"
+        raise ValueError(f"{path}: not a readable {what}: {reason}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable {what}: truncated or not a PyTorch file") from error
+
+
+def _foreign_object(message: str) -> str | None:
+    """The class that a weights-only load refused, from PyTorch's message."""
+    for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
+        if marker in message:
+            name = message.split(marker, 1)[1].split()[0].rstrip(".,")
+            return f"it holds an object of {name}, and only tensors and plain containers are read"
+    return None

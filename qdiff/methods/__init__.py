@@ -1,0 +1,40 @@
+"""Recipes by name: each a list of stages, no loops of their own."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from qdiff.methods import gptq, nearest, q_diffusion, quick
+from qdiff.methods.options import MethodOptions
+from qdiff.spec import Compensate, Recipe, Reconstruct, WeightRanges
+
+METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
+    "nearest": nearest.recipe,
+    "gptq": gptq.recipe,
+    "quick": quick.recipe,
+    "q-diffusion": q_diffusion.recipe,
+}
+
+
+def make_recipe(method: str, options: MethodOptions) -> Recipe:
+    """The recipe of a method. Raises ValueError naming the valid methods, or an option out of bounds."""
+    if method not in METHODS:
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, found {method!r}")
+    return METHODS[method](options)
+
+
+def for_given_weights(recipe: Recipe) -> Recipe:
+    """The recipe without what finds or learns weights: for weights that come from a checkpoint (--resume_w)."""
+    stages = []
+    for stage in recipe.stages:
+        if isinstance(stage, (WeightRanges, Compensate)):
+            continue
+        if isinstance(stage, Reconstruct):
+            learn = {name: rate for name, rate in stage.learn.items() if name == "scale"}
+            if not learn:
+                continue
+            stage = replace(stage, learn=learn, penalty=None)
+        stages.append(stage)
+    return replace(recipe, stages=tuple(stages))
+
+
+__all__ = ["METHODS", "MethodOptions", "for_given_weights", "make_recipe"]

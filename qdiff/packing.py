@@ -1,0 +1,43 @@
+"""Integer codes as a dense bit stream: the low bits of each code follow one another, little end first.
+
+At 4 bits that is two codes to a byte, the first in the low half.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack_codes(codes: Tensor, bits: int, lo: int = 0) -> Tensor:
+    """codes: integers in [lo, lo + 2^bits - 1], any shape, bits 1 ... 8. Returns [bytes] uint8.
+
+    Raises ValueError for codes outside that range.
+    """
+    levels = codes.flatten().to(torch.int16) - lo
+    if levels.numel() and (int(levels.min()) < 0 or int(levels.max()) >= 2**bits):
+        found = f"{int(codes.min())} ... {int(codes.max())}"
+        raise ValueError(f"codes of {bits} bits from {lo} on: found codes {found}")
+    planes = np.unpackbits(levels.to(torch.uint8).cpu().numpy()[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], lo: int = 0) -> Tensor:
+    """The inverse of `pack_codes`: integers of the given shape, uint8 for lo = 0 and int8 otherwise.
+
+    Raises ValueError when the number of bytes does not fit.
+    """
+    count = int(np.prod(shape))
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits: expected {packed_bytes(count, bits)} bytes, found {packed.numel()}"
+        )
+    planes = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0]).view(*shape)
+    return levels if lo == 0 else (levels.to(torch.int16) + lo).to(torch.int8)

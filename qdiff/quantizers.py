@@ -1,0 +1,127 @@
+"""Modules that hold scales, zero points and rounding variables; the arithmetic is in `qdiff.arithmetic`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.arithmetic import dequantize, fake_quantize, hard_codes, quantize, soft_quantize, soft_round_inverse
+from qdiff.spec import QuantSpec
+from qdiff.steps import StepTable
+
+MIN_SCALE = 1e-8  # learned scales are kept at or above it
+
+
+class ActQuantizer(nn.Module):
+    """Snaps activations to a grid with one parameter set per group of denoising steps.
+
+    It passes its input through until it has a range (`enabled`). scale and zero_point: [groups] for one scale per
+    tensor, [groups, channels] for one per input channel; they keep their identity, calibration copies into them.
+    """
+
+    def __init__(self, spec: QuantSpec, steps: StepTable, channels: int | None = None) -> None:
+        """channels: width of the quantized axis, needed for a grid per input channel."""
+        super().__init__()
+        if spec.axis == "in_channel" and channels is None:
+            raise ValueError("an activation grid per input channel needs the number of channels")
+        shape = (steps.count,) if spec.axis == "tensor" else (steps.count, channels)
+        self.spec = spec
+        self.scale = nn.Parameter(torch.ones(shape), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.enabled = False
+        # Set for the length of a `with` block by qdiff.calibration, never by layers.
+        self.observer: Callable[[ActQuantizer, Tensor], None] | None = None
+        self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._steps = (steps,)  # in a tuple: the table is the network's, not a submodule of every quantizer
+
+    @property
+    def steps(self) -> StepTable:
+        """The table that says which parameter set a sample takes."""
+        return self._steps[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, ...] or [N, tokens, C]. Returns it on the grid, same shape and dtype."""
+        if self.observer is not None:
+            self.observer(self, x)
+        if not self.enabled:
+            return x
+        snapped = fake_quantize(x, self.per_sample(self.scale, x), self.per_sample(self.zero_point, x), self.spec)
+        return snapped if self.drop is None else self.drop(x, snapped)
+
+    def per_sample(self, values: Tensor, x: Tensor) -> Tensor:
+        """values: [groups] or [groups, C]. Returns the running batch's, broadcastable to x."""
+        index = self.steps.index
+        if values.shape[0] == 1:
+            chosen = values
+        elif index is None:
+            raise RuntimeError("parameter sets per step: the batch's timesteps were not given to the StepTable")
+        else:  # heads folded into the batch axis repeat each sample's set
+            chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
+        if values.dim() == 1:
+            return chosen.view(-1, *[1] * (x.dim() - 1)) if chosen.shape[0] > 1 else chosen
+        if x.dim() <= 3:  # [N, C] or tokens [N, L, C]
+            return chosen.view(chosen.shape[0], *[1] * (x.dim() - 2), -1)
+        return chosen.view(*chosen.shape, *[1] * (x.dim() - 2))
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor, group: int | None = None) -> None:
+        """Copy the grid in, for one group or (None) for all, and start quantizing."""
+        into = slice(None) if group is None else group
+        self.scale[into] = scale.to(self.scale)
+        self.zero_point[into] = zero_point.to(self.zero_point)
+        self.enabled = True
+
+
+class WeightQuantizer(nn.Module):
+    """The grid of a weight, or of one part of a split one. scale, zero_point: [O, 1, ...], or [1, 1, ...] per tensor."""
+
+    def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
+        super().__init__()
+        rows = weight.shape[0] if spec.axis == "out_channel" else 1
+        shape = (rows, *[1] * (weight.dim() - 1))
+        self.spec = spec
+        self.scale = nn.Parameter(torch.ones(shape), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(shape))
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Copy a grid of [O] (or [1]) scales and zero points in."""
+        self.scale.copy_(scale.view_as(self.scale))
+        self.zero_point.copy_(zero_point.view_as(self.zero_point))
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """weight: [O, ...]. Returns the nearest codes, as float."""
+        return quantize(weight, self.scale, self.zero_point, self.spec)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weights that the codes stand for, in the scale's dtype."""
+        return dequantize(codes, self.scale, self.zero_point)
+
+
+class SoftRounding(nn.Module):
+    """AdaRound's variable for one weight part: the weight while it learns, the codes when it is done.
+
+    base: [O, ...], the weight that is rounded; the start h(alpha) = frac(base / scale) reproduces it inside the grid.
+    """
+
+    def __init__(self, base: Tensor, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        ratio = base / quantizer.scale
+        self.alpha = nn.Parameter(soft_round_inverse(ratio - torch.floor(ratio)))
+        self.register_buffer("base", base.detach().clone(), persistent=False)
+        self._quantizer = (quantizer,)
+
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, QuantSpec]:
+        quantizer = self._quantizer[0]
+        return self.base, quantizer.scale, quantizer.zero_point, self.alpha, quantizer.spec
+
+    def forward(self) -> Tensor:
+        """The weight with soft rounding; gradients reach alpha."""
+        return soft_quantize(*self._arguments())
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The codes with hard rounding, as float."""
+        return hard_codes(*self._arguments())
