@@ -16,7 +16,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """codes: any numeric dtype; scale, zero_point: broadcastable to it. Returns (codes - z) * scale in scale's dtype."""
+    """codes: any numeric dtype; scale, zero_point: broadcastable to it. Returns (codes - z) * scale, as scale."""
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
@@ -77,6 +77,12 @@ def soft_round(alpha: Tensor) -> Tensor:
 def soft_round_inverse(h: Tensor) -> Tensor:
     """alpha with soft_round(alpha) = h, for h in [0, 1]: AdaRound's start, where h is the fraction of w / scale."""
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
+
+
+def sharpen(h: Tensor, exponent: float) -> Tensor:
+    """h in [0, 1] moved towards the nearer end: h^n / (h^n + (1 - h)^n). 0, 1/2 and 1 stay; n = 1 changes nothing."""
+    up, down = h.pow(exponent), (1 - h).pow(exponent)
+    return up / (up + down)
 
 
 def soft_quantize(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:

@@ -100,6 +100,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
             about = json.loads((file.metadata() or {}).get("qdiff", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint (truncated, or of another kind): {error}") from error
+    about = about if isinstance(about, dict) else {}
     if about.get("format") != FORMAT:
         found = about.get("format") or "a safetensors file without our metadata"
         raise ValueError(f"{path}: expected a calibrated checkpoint ({FORMAT}), found {found}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,14 +63,13 @@ def load_pickle(path: str | Path, what: str) -> Any:
     except pickle.UnpicklingError as error:
         reason = _foreign_object(str(error)) or "truncated or not a PyTorch file"
         raise ValueError(f"{path}: not a readable {what}: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make the unpickler stumble anywhere: IndexError, struct.error, ...
         raise ValueError(f"{path}: not a readable {what}: truncated or not a PyTorch file") from error
 
 
 def _foreign_object(message: str) -> str | None:
     """The class that a weights-only load refused, from PyTorch's message."""
-    for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if marker in message:
-            name = message.split(marker, 1)[1].split()[0].rstrip(".,")
-            return f"it holds an object of {name}, and only tensors and plain containers are read"
-    return None
+    found = re.search(r"unsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", message, re.IGNORECASE)
+    if found is None:
+        return None
+    return f"it holds an object of {found[1].rstrip('.,')}, and only tensors and plain containers are read"

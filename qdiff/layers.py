@@ -105,10 +105,10 @@ class QuantLayer(nn.Module):
         parts = zip(self.slices, self.weight_quantizers, strict=True)
         self.weight.copy_(torch.cat([q.values(self.codes[:, part]) for part, q in parts], 1))
 
-    def start_rounding(self, base: Tensor) -> list[nn.Parameter]:
+    def start_rounding(self, base: Tensor, exponent: float = 1.0) -> list[nn.Parameter]:
         """Let the weight be learned from `base` by soft rounding. Returns the variables, one per part."""
         parts = zip(self.slices, self.weight_quantizers, strict=True)
-        self.rounding = nn.ModuleList([SoftRounding(base[:, part], q) for part, q in parts])
+        self.rounding = nn.ModuleList([SoftRounding(base[:, part], q, exponent) for part, q in parts])
         return [r.alpha for r in self.rounding]
 
     def finish_rounding(self) -> None:

@@ -39,5 +39,5 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
             f"{count} codes of {bits} bits: expected {packed_bytes(count, bits)} bytes, found {packed.numel()}"
         )
     planes = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0]).view(*shape)
+    levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0]).view(tuple(shape))
     return levels if lo == 0 else (levels.to(torch.int16) + lo).to(torch.int8)

@@ -42,8 +42,26 @@ class Published:
             raise ValueError(
                 f"{path}: expected a Q-Diffusion checkpoint (model.<layer>.weight_quantizer.delta, ...), found {found}"
             )
-        about = getattr(content, "_metadata", {}).get("", {}).get(RECIPE_KEY)
-        self.recipe = None if about is None else Recipe.from_dict(json.loads(about))
+        self._check_weights()
+        try:
+            about = getattr(content, "_metadata", {}).get("", {}).get(RECIPE_KEY)
+            self.recipe = None if about is None else Recipe.from_dict(json.loads(about))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the recipe it brings cannot be read: {error}") from error
+
+    def _check_weights(self) -> None:
+        """Raise ValueError naming the first tensor of a weight that is missing or does not fit the others."""
+        for layer, part in self._parts():
+            keys = [f"{layer}.weight", *(f"{layer}.{part}.{end}" for end in ("delta", "zero_point", "alpha"))]
+            for key in keys:
+                if key not in self.state:
+                    raise ValueError(f"{self.path}: expected a Q-Diffusion checkpoint, but {key} is missing")
+            weight, alpha = self._part(layer, part)
+            grid = [weight.shape[0], *[1] * (weight.dim() - 1)]
+            for key, shape in zip(keys[1:], (grid, grid, list(weight.shape)), strict=True):
+                if list(self.state[key].shape) != shape:
+                    found = list(self.state[key].shape)
+                    raise ValueError(f"{self.path}: expected {key} of shape {shape}, found {found}")
 
     @property
     def split(self) -> bool:
@@ -62,23 +80,30 @@ class Published:
         return all(bool((torch.as_tensor(zero) == 0).all()) for zero in zeros)
 
     def weight_bits(self) -> range:
-        """The weight widths that the codes allow.
+        """The weight widths that the codes allow; just the true one for files that bring their recipe.
 
         A channel's codes, before they are clipped, span 2^b - 1 steps, or more where the range search narrowed the
         grid; the median channel is narrowed by less than half for 4 bits and more.
         """
+        if self.recipe is not None:
+            return range(self.recipe.weights.bits, self.recipe.weights.bits + 1)
         spans, zeros = [], []
-        for key in [k for k in self.state if re.search(r"weight_quantizer(_0)?\.delta$", k)]:
-            layer, part = key.removesuffix(".delta").rsplit(".", 1)
+        for layer, part in self._parts():
             weight, alpha = self._part(layer, part)
-            codes = (torch.floor(weight / self.state[key]) + (alpha >= 0)).flatten(1)
+            codes = (torch.floor(weight / self.state[f"{layer}.{part}.delta"]) + (alpha >= 0)).flatten(1)
             spans.append(codes.amax(1) - codes.amin(1))
             zeros.append(self.state[f"{layer}.{part}.zero_point"].max())
         largest = int((torch.cat(spans).median() + 1.5).log2())
-        return range(max(2, largest - 1, int(max(zeros)).bit_length()), largest + 1)
+        smallest = max(2, largest - 1, int(max(zeros)).bit_length())
+        return range(smallest, max(smallest, largest) + 1)
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """(layer, "weight_quantizer" or "weight_quantizer_0") of every weight part."""
+        keys = [key for key in self.state if re.search(r"weight_quantizer(_0)?\.delta$", key)]
+        return [tuple(key.removesuffix(".delta").rsplit(".", 1)) for key in keys]
 
     def _part(self, layer: str, part: str) -> tuple[Tensor, Tensor]:
-        """(weight, alpha) of one weight part; alpha may be absent for weights that were only rounded."""
+        """(weight, alpha) of one weight part."""
         alpha = self.state[f"{layer}.{part}.alpha"]
         weight = self.state[f"{layer}.weight"]
         width = alpha.shape[1]
@@ -134,7 +159,7 @@ def load_published(path: str | Path, network: nn.Module, adapter: Adapter, recip
             _fill_layer(name, layer, state)
         for name, quantizer in act_quantizers(network).items():
             key = adapter.published_name(name)
-            quantizer.set_grid(_take(state, f"{key}.delta"), _take(state, f"{key}.zero_point"))
+            quantizer.set_grid(_take_one(state, f"{key}.delta"), _take_one(state, f"{key}.zero_point"))
         _fill_float_parts(network, state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a checkpoint of this architecture: {_reason(error)}") from error
@@ -149,6 +174,13 @@ def _take(state: dict[str, Tensor], key: str) -> Tensor:
     return torch.as_tensor(state.pop(key))
 
 
+def _take_one(state: dict[str, Tensor], key: str) -> Tensor:
+    tensor = _take(state, key)
+    if tensor.numel() != 1:
+        raise RuntimeError(f"{key} has shape {list(tensor.shape)}, expected a single number")
+    return tensor.reshape(())
+
+
 def _fill_layer(name: str, layer: QuantLayer, state: dict[str, Tensor]) -> None:
     weight = _take(state, f"{name}.weight")
     if weight.shape != layer.weight.shape:
@@ -159,7 +191,9 @@ def _fill_layer(name: str, layer: QuantLayer, state: dict[str, Tensor]) -> None:
     for part, quantizer, suffix in zip(layer.slices, layer.weight_quantizers, ("", "_0"), strict=False):
         key = f"{name}.weight_quantizer{suffix}"
         scale, zero, alpha = (_take(state, f"{key}.{end}") for end in ("delta", "zero_point", "alpha"))
-        quantizer.set_grid(scale, zero)
+        zero = zero + quantizer.spec.lo  # the file's codes start at 0
+        rows = quantizer.scale.shape[0]  # 1 for a grid per tensor, of which every row of the file has a copy
+        quantizer.set_grid(scale[:rows], zero[:rows])
         # In the file's own float32, as the original computes it: a ratio near a whole number must fall as it did there.
         above = torch.floor(weight[:, part] / scale) + (alpha >= 0) + zero
         codes.append(above.clamp(quantizer.spec.lo, quantizer.spec.hi))
@@ -233,15 +267,22 @@ def _rounding_that_gives(codes: Tensor, quantizer, original: Tensor | None, shif
 
 
 def _require_expressible(network: nn.Module, recipe: Recipe) -> None:
-    widths = {q.spec.bits for layer in quant_layers(network).values() for q in layer.weight_quantizers}
-    if len(widths) != 1 or any(not layer.weight_quantizers for layer in quant_layers(network).values()):
-        raise ValueError(f"ckpt.pth holds one weight width for all layers, found {sorted(widths)}")
+    layers = quant_layers(network)
+    _require_one_width("weight", {n: m.weight_quantizers for n, m in layers.items()}, recipe.weights.bits)
     if recipe.activations is None:
         return
+    _require_one_width("activation", {n: m.act_quantizers for n, m in layers.items()}, recipe.activations.bits)
     if recipe.step_groups.count > 1 or recipe.activations.axis != "tensor":
         raise ValueError("ckpt.pth holds one activation scale per tensor, found scales per step group or channel")
     if recipe.activations.kind in ("unsigned", "unsigned_mid"):
         raise ValueError(f"ckpt.pth holds signed or affine activations, found {recipe.activations.kind}")
+
+
+def _require_one_width(what: str, quantizers: dict[str, list[nn.Module]], bits: int) -> None:
+    for name, parts in quantizers.items():
+        found = f"{parts[0].spec.bits} bits" if parts else "float"
+        if found != f"{bits} bits":
+            raise ValueError(f"ckpt.pth holds one {what} width for all layers, here {bits} bits; {name} has {found}")
 
 
 def save_published(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.arithmetic import dequantize, fake_quantize, hard_codes, quantize, soft_quantize, soft_round_inverse
+from qdiff.arithmetic import dequantize, fake_quantize, hard_codes, quantize, sharpen, soft_quantize, soft_round_inverse
 from qdiff.spec import QuantSpec
 from qdiff.steps import StepTable
 
@@ -75,7 +75,10 @@ class ActQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """The grid of a weight, or of one part of a split one. scale, zero_point: [O, 1, ...], or [1, 1, ...] per tensor."""
+    """The grid of a weight, or of one part of a split one.
+
+    scale, zero_point: [O, 1, ...] for one scale per output channel, [1, 1, ...] for one per tensor.
+    """
 
     def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
         super().__init__()
@@ -104,12 +107,14 @@ class SoftRounding(nn.Module):
     """AdaRound's variable for one weight part: the weight while it learns, the codes when it is done.
 
     base: [O, ...], the weight that is rounded; the start h(alpha) = frac(base / scale) reproduces it inside the grid.
+    An exponent above 1 starts nearer to the codes that base rounds to (see `sharpen`).
     """
 
-    def __init__(self, base: Tensor, quantizer: WeightQuantizer) -> None:
+    def __init__(self, base: Tensor, quantizer: WeightQuantizer, exponent: float = 1.0) -> None:
         super().__init__()
         ratio = base / quantizer.scale
-        self.alpha = nn.Parameter(soft_round_inverse(ratio - torch.floor(ratio)))
+        start = ratio - torch.floor(ratio)
+        self.alpha = nn.Parameter(soft_round_inverse(start if exponent == 1 else sharpen(start, exponent)))
         self.register_buffer("base", base.detach().clone(), persistent=False)
         self._quantizer = (quantizer,)
 

@@ -6,7 +6,7 @@ A finder takes values [R, K], one row per scale, and returns (low [R], high [R])
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = 
     """low, high: [R], same shape. Returns (scale, zero_point), each [R], of the grid of `spec` over that range.
 
     Zero is always a grid point, so the range is widened to hold it. `raw_min` reproduces a fault of the published
-    min-max (B1): the scale keeps the raw minimum while the zero point uses min(low, 0), so that strictly positive
-    data collapse.
+    min-max (B1): the scale keeps the raw ends while the zero point uses min(low, 0) and may lie beyond the codes, so
+    that strictly positive data collapse and strictly negative data do not.
     """
     levels = 2**spec.bits - 1
     if spec.kind == "signed":
@@ -37,7 +37,8 @@ def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = 
     zero_low, zero_high = low.clamp_max(0), high.clamp_min(0)
     span = high - low if raw_min else zero_high - zero_low
     scale = (span / levels).clamp_min(TINY)
-    return scale, torch.round(-zero_low / scale).clamp(spec.lo, spec.hi)
+    zero_point = torch.round(-zero_low / scale)
+    return scale, zero_point if raw_min else zero_point.clamp(spec.lo, spec.hi)
 
 
 def _mid_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,10 @@ def _mid_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tenso
 
 def _best(values: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, p: float) -> tuple[Tensor, Tensor]:
     """values [R, K]; lows, highs [M, R] candidates. Returns the (low, high) with the least mean |x - x^|^p per row."""
+    if spec.kind == "unsigned_mid" and bool((values < 0).any()) and bool((values > 0).any()):
+        # Whether a grid is one-sided is the whole tensor's affair, never a chunk's.
+        highs = torch.maximum(lows.abs(), highs.abs())
+        lows = -highs
     candidates, rows = lows.shape
     group = max(1, CHUNK // max(1, values.shape[1]))  # (candidate, row) pairs at once
     rows_at_once = max(1, min(rows, group))
@@ -137,9 +142,7 @@ FINDERS = dict(zip(RANGE_FINDERS, (MinMax, ShrinkSearch, ThetaSearch, Percentile
 
 def make_finder(spec: RangeSpec) -> Finder:
     """The finder that `spec` describes."""
-    if spec.finder == "minmax":
-        return MinMax()
-    if spec.finder == "percentile":
-        return Percentile(p=spec.p)
     kind = FINDERS[spec.finder]
-    return kind(p=spec.p) if spec.candidates is None else kind(spec.candidates, spec.p)
+    options = {"candidates": spec.candidates, "p": spec.p}
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in options.items() if name in known and value is not None})

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import types
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class RangeSpec:
 
     finder: str = "minmax"
     candidates: int | None = None
-    p: float = 2.4
+    p: float | None = None
     aggregate: str = "all"
     momentum: float = 0.95
     prefix: str = "float"
@@ -83,7 +83,8 @@ class RangeSpec:
         one_of("range aggregate", self.aggregate, ("first", "ema", "all"))
         one_of("range prefix", self.prefix, ("quantized", "float"))
         within("range momentum", self.momentum, 0.0, 1.0)
-        within("range p", self.p, 0.1, 10.0)
+        if self.p is not None:
+            within("range p", self.p, 0.1, 10.0)
         within("range batch_size", self.batch_size, 1, 2**20)
         if self.candidates is not None:
             within("range candidates", self.candidates, 1, 1000)
@@ -178,6 +179,12 @@ class RoundingPenalty:
     beta_start: float = 20.0
     beta_end: float = 2.0
 
+    def __post_init__(self) -> None:
+        within("penalty weight", self.weight, 0.0, 1e6)
+        within("penalty warmup", self.warmup, 0.0, 1.0)
+        within("penalty beta_start", self.beta_start, 0.1, 1e3)
+        within("penalty beta_end", self.beta_end, 0.1, 1e3)
+
 
 @dataclass(frozen=True)
 class WeightRanges:
@@ -199,6 +206,7 @@ class Compensate:
         within("compensate damping", self.damping, 1e-9, 1e3)
         within("compensate rows", self.rows, 1, 10**9)
         within("compensate block", self.block, 1, 10**6)
+        within("compensate batch_size", self.batch_size, 1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,9 @@ class Reconstruct:
     `learn`: parameter group ("rounding", "scale", "bias") -> rate. `inputs`: the unit's inputs come from the "float"
     or the "quantized" prefix, or are "mixed" element by element with probability `mix` of the quantized one. `drop`:
     probability that an activation stays float while learning (QDrop, arXiv 2203.05740). `keep`: "always", or "better"
-    to keep the result only where it lowers the unit's error.
+    to keep the result only where it lowers the unit's error. `sharpen`: exponent that moves soft rounding's start
+    towards the codes already found, 1 for AdaRound's own start: a short stage that starts from compensated rounding
+    would otherwise first undo it.
     """
 
     learn: dict[str, Learn] = field(default_factory=lambda: {"rounding": Learn(1e-3)})
@@ -238,6 +248,7 @@ class Reconstruct:
     loss: Loss = Loss()
     penalty: RoundingPenalty | None = None
     keep: str = "always"
+    sharpen: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.learn:
@@ -247,6 +258,7 @@ class Reconstruct:
         one_of("reconstruct inputs", self.inputs, ("float", "quantized", "mixed"))
         within("reconstruct mix", self.mix, 0.0, 1.0)
         within("reconstruct drop", self.drop, 0.0, 1.0)
+        within("reconstruct sharpen", self.sharpen, 1.0, 100.0)
         one_of("reconstruct keep", self.keep, ("always", "better"))
 
 
@@ -355,22 +367,40 @@ def _from_plain(kind: Any, plain: Any, where: str) -> Any:
         one_of(f"{where}: stage", name, STAGES)
         return _from_plain(STAGES[name], {key: item for key, item in plain.items() if key != "stage"}, where)
     if is_dataclass(kind):
-        if not isinstance(plain, dict):
-            raise ValueError(f"{where}: expected a mapping, found {plain!r}")
-        hints = typing.get_type_hints(kind)
-        for key in plain:
-            one_of(f"{where}: field", key, hints)
-        return kind(**{key: _from_plain(hints[key], item, f"{where}.{key}") for key, item in plain.items()})
+        return _described(kind, plain, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         if plain is None and type(None) in arguments:
             return None
         return _from_plain(next(a for a in arguments if a is not type(None)), plain, where)
     if origin is tuple:
+        _expect((list, tuple), "a list", plain, where)
         return tuple(_from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(plain))
     if origin is dict:
+        _expect(dict, "a mapping", plain, where)
         return {key: _from_plain(arguments[1], item, f"{where}.{key}") for key, item in plain.items()}
     return _scalar(kind, plain, where)
+
+
+def _described(kind: type, plain: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields."""
+    _expect(dict, "a mapping", plain, where)
+    hints = typing.get_type_hints(kind)
+    for key in plain:
+        one_of(f"{where}: field", key, hints)
+    for needed in fields(kind):
+        if needed.default is MISSING and needed.default_factory is MISSING and needed.name not in plain:
+            raise ValueError(f"{where}: field {needed.name} is missing")
+    values = {key: _from_plain(hints[key], item, f"{where}.{key}") for key, item in plain.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _expect(kind: type | tuple[type, ...], name: str, plain: Any, where: str) -> None:
+    if not isinstance(plain, kind):
+        raise ValueError(f"{where}: expected {name}, found {plain!r}")
 
 
 def _scalar(kind: type, plain: Any, where: str) -> Any:

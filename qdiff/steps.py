@@ -18,7 +18,7 @@ class StepTable(nn.Module):
     runs a unit alone) says which timesteps the batch has, and the choice is made on the device.
     """
 
-    def __init__(self, num_timesteps: int, groups: StepGroups = StepGroups(), timesteps: Tensor | None = None) -> None:
+    def __init__(self, num_timesteps: int, groups: StepGroups, timesteps: Tensor | None = None) -> None:
         """timesteps: [S] of the calibration's sampler, needed for more than one group; any order.
 
         Raises ValueError when there are more groups than timesteps.

@@ -13,7 +13,7 @@ from qdiff.steps import StepTable
 
 
 def softmax_spec(recipe: Recipe) -> QuantSpec:
-    """The grid of softmax outputs: unsigned with zero point 0, or (a fault of the published code, B9) the activations'."""
+    """The grid of softmax outputs: unsigned with zero point 0, or (B9, a fault of the original) the activations'."""
     spec = recipe.softmax or replace(recipe.activations, kind="unsigned", axis="tensor")
     if "symmetric_softmax" in recipe.compat:
         return replace(spec, kind=recipe.activations.kind)
@@ -37,13 +37,13 @@ def insert_quantizers(
     for name, layer in layers.items():
         weight_spec, act_spec = recipe.layer_specs(name)
         quantized = QUANT_LAYERS[type(layer)](layer, weight_spec, act_spec, steps, boundaries.get(name))
-        network.set_submodule(name, quantized.to(layer.weight.device))
+        network.set_submodule(name, quantized.to(layer.weight.device).train(layer.training))
     if recipe.activations is not None:
         operand_spec = replace(recipe.activations, axis="tensor")
         for name, product in adapter.attention_products(network).items():
             quantized = QuantAttention(product, operand_spec, softmax_spec(recipe), steps)
-            network.set_submodule(name, quantized.to(next(network.parameters()).device))
-    network.step_table = steps.to(next(network.parameters()).device)
+            network.set_submodule(name, quantized.to(next(network.parameters()).device).train(product.training))
+    network.step_table = steps.to(next(network.parameters()).device).train(network.training)
     network.register_forward_pre_hook(_tell_timesteps, with_kwargs=True)
     return network.to(next(network.parameters()).dtype)
 

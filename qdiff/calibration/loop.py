@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -59,17 +59,18 @@ def minibatches(count: int, batch_size: int, iterations: int, generator: torch.G
         yield torch.randperm(count, generator=generator)[: min(batch_size, count)]
 
 
-def parameter_groups(
-    unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module, Tensor]
-) -> dict[str, list[nn.Parameter]]:
+Groups = dict[str, list[nn.Parameter]]  # learned parameters by group name
+
+
+def parameter_groups(unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module, Tensor]) -> Groups:
     """The parameters of each learned group of a unit; soft rounding is started where rounding is learned.
 
     bases: the weight that each layer's learned rounding starts from.
     """
     layers = [layer for layer in quant_layers(unit).values() if layer.weight_quantizers]
-    groups: dict[str, list[nn.Parameter]] = {}
+    groups: Groups = {}
     if "rounding" in stage.learn:
-        groups["rounding"] = [alpha for layer in layers for alpha in layer.start_rounding(bases[layer])]
+        groups["rounding"] = [alpha for layer in layers for alpha in layer.start_rounding(bases[layer], stage.sharpen)]
     if "scale" in stage.learn:
         groups["scale"] = learnable_scales(list(act_quantizers(unit).values()))
     if "bias" in stage.learn:
@@ -78,7 +79,7 @@ def parameter_groups(
 
 
 def _optimizers(
-    groups: dict[str, list[nn.Parameter]], learn: dict[str, Learn], iterations: int
+    groups: Groups, learn: dict[str, Learn], iterations: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """One Adam with a rate and a schedule per parameter group."""
     optimizer = torch.optim.Adam([{"params": p, "lr": learn[name].rate} for name, p in groups.items()])
@@ -95,7 +96,7 @@ def optimise(
     unit: nn.Module,
     data: UnitData,
     stage: Reconstruct,
-    groups: dict[str, list[nn.Parameter]],
+    groups: Groups,
     steps: StepTable,
     generator: torch.Generator,
     float_unit: nn.Module | None = None,
@@ -106,45 +107,47 @@ def optimise(
     """Learn the parameters of `groups` so that the unit's output meets the target.
 
     float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
-    penalty (default: all). tick: called with the loss after each iteration. Gradients reach only `groups`.
+    penalty (default: all). tick: called after each iteration with the last loss noted. Gradients reach only `groups`.
     """
-    penalty = rounding_penalty(
-        groups.get("rounding", []) if penalized is None else penalized, stage.penalty, stage.iterations
-    )
+    penalized = groups.get("rounding", []) if penalized is None else penalized
+    penalty = rounding_penalty(penalized, stage.penalty, stage.iterations)
     optimizer, scheduler = _optimizers(groups, stage.learn, stage.iterations)
     history, every = History(), max(1, stage.iterations // 100)
-    learned = [p for parameters in groups.values() for p in parameters]
-    former = [p.requires_grad for p in learned]
-    for parameter in learned:
-        parameter.requires_grad_(True)
     quantizers = act_quantizers(unit).values()
+    with ExitStack() as modes:
+        modes.enter_context(_learning(groups))
+        modes.enter_context(training_mode(unit, train_mode))
+        modes.enter_context(dropping(quantizers, stage.drop, generator))
+        modes.enter_context(_seeded(train_mode, generator))
+        batches = minibatches(len(data.target), stage.batch_size, stage.iterations, generator)
+        for iteration, index in enumerate(batches):
+            index = index.to(data.target.device)
+            with steps.at(data.t[index]):
+                loss = _unit_loss(unit, data, index, stage, generator, float_unit)
+            optimizer.zero_grad()
+            (loss + penalty(iteration)).backward()
+            optimizer.step()
+            scheduler.step()
+            for scale in groups.get("scale", []):
+                scale.data.clamp_min_(MIN_SCALE)
+            if iteration % every == 0 or iteration == stage.iterations - 1:
+                history.losses.append((iteration, loss.item()))
+            tick(history.losses[-1][1])
+    return history
+
+
+@contextmanager
+def _learning(groups: Groups) -> Iterator[None]:
+    """Within the block the groups' parameters, and no others that were frozen, take gradients."""
+    learned = [(p, p.requires_grad) for parameters in groups.values() for p in parameters]
+    for parameter, _ in learned:
+        parameter.requires_grad_(True)
     try:
-        with (
-            training_mode(unit, train_mode),
-            dropping(quantizers, stage.drop, generator),
-            _seeded(train_mode, generator),
-        ):
-            batches = minibatches(len(data.target), stage.batch_size, stage.iterations, generator)
-            for iteration, index in enumerate(batches):
-                index = index.to(data.target.device)
-                args = data.arguments(stage, index, generator)
-                with steps.at(data.t[index]):
-                    loss = _unit_loss(unit, args, data, index, stage, float_unit)
-                total = loss + penalty(iteration)
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                scheduler.step()
-                for scale in groups.get("scale", []):
-                    scale.data.clamp_min_(MIN_SCALE)
-                if iteration % every == 0 or iteration == stage.iterations - 1:
-                    history.losses.append((iteration, loss.item()))
-                tick(history.losses[-1][1])
+        yield
     finally:
-        for parameter, requires_grad in zip(learned, former, strict=True):
+        for parameter, requires_grad in learned:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-    return history
 
 
 @contextmanager
@@ -160,13 +163,14 @@ def _seeded(active: bool, generator: torch.Generator) -> Iterator[None]:
 
 def _unit_loss(
     unit: nn.Module,
-    args: tuple[Tensor, ...],
     data: UnitData,
     index: Tensor,
     stage: Reconstruct,
+    generator: torch.Generator,
     float_unit: nn.Module | None,
 ) -> Tensor:
-    target = data.target[index]
+    """The stage's loss, without penalty, for the samples `index`."""
+    args, target = data.arguments(stage, index, generator), data.target[index]
     if stage.loss.taps == 0:
         return lp_loss(unit(*args), target, stage.loss)
     layers = list(quant_layers(unit))

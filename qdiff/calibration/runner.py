@@ -89,22 +89,51 @@ def calibrate(
     seed: int,
     timesteps: Tensor | None = None,
     progress: Progress | None = None,
+    weights_from: nn.Module | None = None,
 ) -> Calibration:
     """Quantize a copy of the network by the recipe; the result's `network` is it.
 
-    data: float states; timesteps: [S] of the sampler that made them, needed for parameter sets per step group. Every
-    random draw comes from one generator seeded with `seed`. Raises ValueError for a recipe that does not fit.
+    data: float states; timesteps: [S] of the sampler that made them, needed for parameter sets per step group.
+    weights_from: a calibrated network of the same structure whose weight grids and codes are taken over before the
+    first stage. Every random draw comes from one generator seeded with `seed`. Raises ValueError for a recipe that
+    does not fit.
     """
     network = insert_quantizers(copy.deepcopy(float_network), recipe, adapter, timesteps)
     network.requires_grad_(False)
     float_network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     run = Calibration(float_network, network, adapter, recipe, data, generator, progress or Progress())
+    if weights_from is not None:
+        take_weights(network, weights_from)
     for number, stage in enumerate(recipe.stages):
         started = time.monotonic()
         STAGE_HANDLERS[type(stage)](run, stage, number)
         logger.info("stage %d, %s: %.1f s", number, type(stage).__name__, time.monotonic() - started)
     return run
+
+
+@torch.no_grad()
+def take_weights(network: nn.Module, source: nn.Module) -> None:
+    """Copy weight grids, codes and biases between two networks with quantizers.
+
+    Raises ValueError naming a layer that is split or quantized in one and not in the other.
+    """
+    theirs = quant_layers(source)
+    for name, layer in quant_layers(network).items():
+        grids = theirs[name].weight_quantizers if name in theirs else []
+        if [q.scale.shape for q in grids] != [q.scale.shape for q in layer.weight_quantizers]:
+            raise ValueError(
+                f"{name}: the given weights have {len(grids)} grids, {len(layer.weight_quantizers)} are needed"
+            )
+        if not grids:
+            continue
+        for quantizer, grid in zip(layer.weight_quantizers, grids, strict=True):
+            if quantizer.spec.bits != grid.spec.bits:
+                raise ValueError(f"{name}: the given weights have {grid.spec.bits} bits, not {quantizer.spec.bits}")
+            quantizer.set_grid(grid.scale, grid.zero_point)
+        if layer.bias is not None:
+            layer.bias.copy_(theirs[name].bias)
+        layer.freeze(theirs[name].codes)
 
 
 def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -> None:

@@ -1,0 +1,297 @@
+"""The flags that the scripts share, written once, and what every script does around its work."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qdiff.adapters import Adapter
+from qdiff.calibration.runner import Calibration, Progress
+from qdiff.checkpoints import load_checkpoint, save_checkpoint
+from qdiff.layers import act_quantizers, quant_layers
+from qdiff.methods import METHODS, MethodOptions, make_recipe
+from qdiff.published import load_published, original_flags, published_recipe, save_published
+from qdiff.spec import COMPAT, Recipe
+from qdiff.surgery import softmax_spec
+
+logger = logging.getLogger(__name__)
+
+# What the original scripts assume where a flag is left out; --method and --recipe bring their own values instead.
+ORIGINAL_DEFAULTS = {"selector_steps": 1, "per_step": 1024}
+QUANT_MODES = {"qdiff": "q-diffusion", "linear": "nearest"}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that takes flags only as they are spelled."""
+    return argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> None:
+    """--seed, --device, --verbose, --dry_run."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=seed, required=seed is None, help="every random draw comes from it")
+    group.add_argument("--device", default=None, help="where to run, e.g. cpu, cuda, cuda:1 (default: a GPU if any)")
+    group.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
+    group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+
+
+def add_quantization_flags(parser: argparse.ArgumentParser, split: bool = True) -> None:
+    """The original scripts' quantization flags, and --method, --recipe, --rounding_start, --compat.
+
+    Flags that a method has its own value for default to None here; help texts say what that means.
+    """
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
+    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
+    group.add_argument("--weight_bit", type=int, default=None, help="bits of weights, 2 to 8 (8 if left out)")
+    group.add_argument("--act_bit", type=int, default=None, help="bits of activations, 2 to 8 (8 if left out)")
+    group.add_argument("--sm_abit", type=int, default=None, help="bits of softmax outputs, 2 to 16 (8 if left out)")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activations")
+    if split:
+        group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
+    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help="the original's name for a method")
+    group.add_argument("--method", choices=METHODS, default=None, help="calibration method, with its own defaults")
+    group.add_argument("--recipe", type=Path, default=None, help="a recipe file (YAML) in place of a method")
+    group.add_argument("--running_stat", action="store_true", help="moving averages for activation ranges")
+    group.add_argument("--rounding_start", choices=("nearest", "gptq"), default="nearest", help="q-diffusion's start")
+    group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), help="faults of the original to reproduce")
+    add_calibration_flags(parser.add_argument_group("calibration"))
+
+
+def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
+    """The --cali_... flags and what to resume from."""
+    group.add_argument("--cali_st", type=int, default=None, help="sampler steps to calibrate on")
+    group.add_argument("--cali_n", type=int, default=None, help="samples of each of those steps")
+    group.add_argument("--cali_batch_size", type=int, default=None, help="batch of the learned stages (32)")
+    group.add_argument("--cali_iters", type=int, default=None, help="iterations per unit for weights (20000)")
+    group.add_argument("--cali_iters_a", type=int, default=None, help="iterations per unit for activations (5000)")
+    group.add_argument("--cali_lr", type=float, default=None, help="learning rate of activation scales (4e-4)")
+    group.add_argument("--cali_p", type=float, default=None, help="norm of the activation stage's loss (2.4)")
+    group.add_argument("--cali_data_path", type=Path, default=None, help="calibration data; made here if left out")
+    group.add_argument("--cali_ckpt", type=Path, default=None, help="calibrated checkpoint: ckpt.pth or .safetensors")
+    group.add_argument("--resume", action="store_true", help="load --cali_ckpt (meant when --cali_ckpt is given)")
+    group.add_argument("--resume_w", action="store_true", help="take weights from --cali_ckpt, calibrate activations")
+
+
+def method_options(args: argparse.Namespace) -> MethodOptions:
+    """The flags as options; the original scripts' defaults where neither --method nor --recipe is given."""
+    given: dict[str, Any] = {
+        "weight_bits": args.weight_bit,
+        "act_bits": (args.act_bit if args.act_bit is not None else 8) if args.quant_act else None,
+        "act_symmetric": args.a_sym,
+        "softmax_bits": args.sm_abit,
+        "split": getattr(args, "split", False),
+        "selector_steps": args.cali_st,
+        "per_step": args.cali_n,
+        "batch_size": args.cali_batch_size,
+        "iterations": args.cali_iters,
+        "act_iterations": args.cali_iters_a,
+        "act_rate": args.cali_lr,
+        "loss_p": args.cali_p,
+        "running_stat": args.running_stat,
+        "rounding_start": args.rounding_start,
+        "compat": tuple(args.compat),
+    }
+    for name in ("selector_steps", "per_step", "batch_size", "iterations", "act_iterations"):
+        if given[name] is not None and given[name] < 1:
+            raise ValueError(f"{FLAG_OF[name]} {given[name]}: expected at least 1")
+    options = replace(MethodOptions(), **{name: value for name, value in given.items() if value is not None})
+    if args.method is None:
+        missing = {k: v for k, v in ORIGINAL_DEFAULTS.items() if getattr(options, k) is None}
+        options = replace(options, **missing)
+    return options
+
+
+FLAG_OF = {
+    "weight_bits": "--weight_bit",
+    "act_bits": "--act_bit",
+    "softmax_bits": "--sm_abit",
+    "selector_steps": "--cali_st",
+    "per_step": "--cali_n",
+    "batch_size": "--cali_batch_size",
+    "iterations": "--cali_iters",
+    "act_iterations": "--cali_iters_a",
+}
+assert set(FLAG_OF) <= {f.name for f in fields(MethodOptions)}
+
+
+def chosen_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that --recipe, --method or --quant_mode asks for.
+
+    Bit widths given beside --recipe replace the recipe's. Raises ValueError naming what is wrong.
+    """
+    if args.recipe is None:
+        return make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
+    if not args.recipe.is_file():
+        raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
+    recipe = Recipe.load(args.recipe)
+    if args.weight_bit is not None:
+        recipe = replace(recipe, weights=replace(recipe.weights, bits=args.weight_bit))
+    if args.act_bit is not None and recipe.activations is not None:
+        recipe = replace(recipe, activations=replace(recipe.activations, bits=args.act_bit))
+    if args.sm_abit is not None and recipe.softmax is not None:
+        recipe = replace(recipe, softmax=replace(recipe.softmax, bits=args.sm_abit))
+    return recipe
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def describe_device(network: nn.Module) -> str:
+    """The device a network is on, for people: a GPU's name, or the CPU and its threads."""
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+class BarProgress(Progress):
+    """A progress bar on the terminal with an estimate of what is left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def start(self, title: str, total: int) -> None:
+        self._bar = tqdm(total=total, desc=title, dynamic_ncols=True)
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(amount)
+
+    def finish(self) -> None:
+        self._bar.close()
+
+
+def start_log(folder: Path, verbose: bool) -> None:
+    """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers = [logging.FileHandler(folder / "run.log", encoding="utf8"), logging.StreamHandler(sys.stderr)]
+    handlers[0].setLevel(logging.DEBUG if verbose else logging.INFO)
+    handlers[1].setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=handlers,
+        force=True,
+    )
+    logger.info("command: %s", " ".join(sys.argv))
+    logger.info("torch %s, %d threads", torch.__version__, torch.get_num_threads())
+
+
+def load_calibrated(
+    args: argparse.Namespace, build: Callable[[], nn.Module], adapter: Adapter
+) -> tuple[nn.Module, Recipe]:
+    """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
+
+    build: makes the float network of the configuration (its weights do not matter). Raises FileNotFoundError, or
+    ValueError naming the flag and the file where they contradict each other, or what is wrong with the file.
+    """
+    path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
+    if not path.is_file():
+        raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
+    if path.suffix == ".safetensors":
+        return _load_native(args, path, build, activations)
+    options = method_options(args)
+    bits = options.act_bits if activations else None
+    recipe = published_recipe(
+        options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split, adapter
+    )
+    return load_published(path, build(), adapter, recipe)
+
+
+def _load_native(
+    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], activations: bool
+) -> tuple[nn.Module, Recipe]:
+    found = load_checkpoint(path)
+    with torch.device("meta"):
+        expected = found.adapter.config_of(build())
+    config = found.adapter.config_of(found.network)
+    for key in expected:
+        if config.get(key) != expected[key] and key != "dropout":
+            raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
+    _check_native_flags(args, path, found.recipe, activations)
+    if not activations:
+        logger.warning("%s: weights only, since --quant_act is not given", path)
+        for quantizer in act_quantizers(found.network).values():
+            quantizer.enabled = False
+    return found.network, found.recipe
+
+
+def _check_native_flags(args: argparse.Namespace, path: Path, recipe: Recipe, activations: bool) -> None:
+    """A native file knows its own bits and grids: flags may be left out, those given must agree."""
+    acts = recipe.activations
+    if activations and acts is None:
+        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
+    held = [("--weight_bit", args.weight_bit, recipe.weights.bits)]
+    if activations:
+        held += [("--act_bit", args.act_bit, acts.bits), ("--sm_abit", args.sm_abit, softmax_spec(recipe).bits)]
+        held += [("--a_sym", args.a_sym or None, acts.kind == "signed")]
+    held += [("--split", getattr(args, "split", False) or None, recipe.split_shortcuts)]
+    for flag, given, has in held:
+        if given is not None and given != has:
+            raise ValueError(f"{flag}{'' if given is True else f' {given}'}: contradicts {path}, which has {has}")
+
+
+def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
+    """Write ckpt.safetensors and, where the original's format can express the result, ckpt.pth into a run's folder."""
+    save_checkpoint(folder / "ckpt.safetensors", run.network, run.adapter, run.recipe, timesteps, provenance)
+    float_weights = {n: run.float_network.get_submodule(n).weight.detach() for n in quant_layers(run.network)}
+    try:
+        save_published(folder / "ckpt.pth", run.network, run.adapter, run.recipe, float_weights)
+    except ValueError as error:
+        logger.warning("no ckpt.pth: %s", error)
+        return
+    logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter))
+
+
+def print_plan(plan: dict[str, Any], recipe: Recipe | None = None) -> None:
+    """Show what a run would do, as YAML; a recipe under its own key can be saved and given back by --recipe."""
+    plan = plan if recipe is None else plan | {"recipe": recipe.to_dict()}
+    print(yaml.safe_dump(plan, sort_keys=False, width=100), end="")
+
+
+def timestamp() -> str:
+    """The name of a run's folder: date and time."""
+    return time.strftime("%Y-%m-%d-%H-%M-%S")
+
+
+def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Run a script's main; a user's mistake becomes one line on standard error and exit code 2."""
+    try:
+        main(None)
+    except (ValueError, OSError) as error:
+        if "--verbose" in sys.argv:
+            logger.exception("failed")
+        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        sys.exit(_complain(" ".join(reason.split())))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(reason: str) -> int:
+    logger.error(reason)
+    if not logging.getLogger().handlers:
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    return 2

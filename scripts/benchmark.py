@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""Measure speed as ratios taken in one process against a named baseline.
+
+simulate: one network evaluation of the simulated quantized model against the float model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
+
+from qdiff.calibration.runner import calibrate
+from qdiff.calibration.selectors import select
+from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main
+from qdiff.evaluation.table import markdown_table
+from qdiff.files import write_text
+from qdiff.methods import MethodOptions, make_recipe
+
+COLUMNS = [("what", "what", "s"), ("milliseconds", "ms", ".1f"), ("ratio", "time / float time", ".2f")]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    simulate = commands.add_parser("simulate", help="simulated against float, one network evaluation")
+    add_model_flags(simulate)
+    simulate.add_argument("--batch_size", type=int, default=16, help="images at once")
+    simulate.add_argument("--repeats", type=int, default=15, help="timed evaluations of each, in turn")
+    simulate.add_argument("--weight_bit", type=int, default=4, help="bits of weights")
+    simulate.add_argument("--act_bit", type=int, default=8, help="bits of activations")
+    simulate.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
+    add_run_flags(simulate)
+    return parser.parse_args(argv)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that one call takes, the device's queue drained."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each, after a warm-up, taken in turn so that a change of load meets them all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 2):
+        for name, run in runs.items():
+            spent = timed(run, device)
+            if repeat >= 2:
+                times[name].append(spent)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+@torch.no_grad()
+def simulate(args: argparse.Namespace) -> list[dict]:
+    """Rows for the float network and the simulated ones: weights alone, and with activations."""
+    config, device = read_config(args), choose_device(args.device)
+    model = load_float_model(args, config)
+    network = model.network.to(device)
+    args.sample_type, args.timesteps, args.skip_type, args.eta = "generalized", 4, "quad", 0.0
+    pipeline = make_pipeline(args, config)
+    trajectories = record(pipeline, network, 4, 4)
+    generator = torch.Generator().manual_seed(args.seed)
+    x = torch.randn((args.batch_size, *pipeline.shape), generator=generator).to(device)
+    t = torch.randint(0, len(pipeline.betas), (args.batch_size,), generator=generator).to(device)
+    networks = {"float": network}
+    for label, act_bits in ((f"W{args.weight_bit}", None), (f"W{args.weight_bit}A{args.act_bit}", args.act_bit)):
+        options = MethodOptions(args.weight_bit, act_bits, True, 8, True, selector_steps=4, per_step=4)
+        recipe = make_recipe("nearest", options)
+        data = select(trajectories, recipe.selector)
+        networks[f"simulated {label}"] = calibrate(network, ADAPTER, recipe, data, args.seed).network
+    runs = {name: (lambda network=network: network(x, t)) for name, network in networks.items()}
+    times = in_turn(runs, args.repeats, device)
+    return [{"what": n, "milliseconds": ms, "ratio": ms / times["float"]} for n, ms in times.items()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    for flag, value in (("--batch_size", args.batch_size), ("--repeats", args.repeats)):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: expected at least 1")
+    about = {
+        "command": args.command,
+        "config": str(args.config),
+        "device": str(choose_device(args.device)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": args.batch_size,
+    }
+    if args.dry_run:
+        print_plan(about)
+        return
+    rows = simulate(args)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(markdown_table(rows, COLUMNS))
+    if args.json is not None:
+        write_text(args.json, json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Run a golden case in float64 and print how far each output is from the recorded one; exit 1 above the tolerance.
+
+A case is a folder with case.json, fp.safetensors, qdiff_wa.pth and io.safetensors (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddim.pretrained import load_state, load_weights
+from qdiff.adapters import ADAPTERS, Adapter, adapter_for
+from qdiff.commandline import make_parser, run_main
+from qdiff.layers import to_double
+from qdiff.published import load_published, published_recipe
+
+CASE_FIELDS = ("model", "config", "weight_bits", "act_bits", "act_symmetric", "softmax_bits", "split_shortcut")
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--case", type=Path, required=True, help="folder of the case")
+    parser.add_argument("--tolerance", type=float, default=1e-9, help="largest relative error that passes")
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def read_case(folder: Path) -> dict:
+    """The case's description. Raises FileNotFoundError, or ValueError naming the file and the field."""
+    path = folder / "case.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such case description")
+    try:
+        case = json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    missing = [name for name in CASE_FIELDS if name not in case]
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(CASE_FIELDS)}; {missing[0]} is missing")
+    if case["model"] not in ADAPTERS:
+        raise ValueError(f"{path}: model: expected one of {', '.join(ADAPTERS)}, found {case['model']!r}")
+    return case
+
+
+def float_network(folder: Path, case: dict, adapter: Adapter) -> nn.Module:
+    """The case's float network in float32."""
+    network = adapter.build(case["config"])
+    path = folder / "fp.safetensors"
+    load_weights(network, load_state(path), path)
+    return network
+
+
+def quantized_network(folder: Path, case: dict, adapter: Adapter, activations: bool) -> nn.Module:
+    """The case's calibrated network, weights only or with activations, in float32."""
+    recipe = published_recipe(
+        case["weight_bits"],
+        case["act_bits"] if activations else None,
+        case["act_symmetric"],
+        case["softmax_bits"],
+        case["split_shortcut"],
+        adapter,
+    )
+    network, _ = load_published(folder / "qdiff_wa.pth", float_network(folder, case, adapter), adapter, recipe)
+    return network
+
+
+@torch.no_grad()
+def relative_error(network: nn.Module, io: dict[str, Tensor], key: str) -> float:
+    """Largest deviation from the recorded output, over the largest recorded value."""
+    to_double(network)
+    inputs = [io["x"].double(), io["t"].double()] + ([io["context"].double()] if "context" in io else [])
+    found, expected = network(*inputs), io[key].double()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    case = read_case(args.case)
+    adapter = adapter_for(case["model"])
+    io = load_state(args.case / "io.safetensors")
+    networks = {
+        "eps_fp": float_network(args.case, case, adapter),
+        "eps_w": quantized_network(args.case, case, adapter, activations=False),
+        "eps_wa": quantized_network(args.case, case, adapter, activations=True),
+    }
+    errors = {key: relative_error(network, io, key) for key, network in networks.items()}
+    for key, error in errors.items():
+        print(f"{key:6} relative error {error:.2e}  {'ok' if error <= args.tolerance else 'too large'}")
+    if not all(error <= args.tolerance for error in errors.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

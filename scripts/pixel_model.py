@@ -1,0 +1,134 @@
+"""What the scripts of the pixel models (CIFAR-10, LSUN) share: their flags, the float model, float sampling states."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.pipeline import Pipeline
+from ddim.pretrained import build_network, load_config, load_pretrained, load_state, load_weights, sha256
+from ddim.samplers import SAMPLERS
+from qdiff.adapters import adapter_for
+from qdiff.calibration.trajectories import Recorder, Trajectories, concatenate
+
+ADAPTER = adapter_for("ddim")
+# Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
+FIRST_CALIBRATION_IMAGE = 2**31
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--config, --use_pretrained, --ckpt."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", type=Path, required=True, help="model configuration, e.g. configs/cifar10.yml")
+    group.add_argument("--use_pretrained", action="store_true", help="use the weights that the configuration names")
+    group.add_argument("--ckpt", type=Path, default=None, help="float weights of your own for this configuration")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, timesteps: int = 1000, skip_type: str = "uniform") -> None:
+    """--sample_type, --skip_type, --timesteps, --eta."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample_type", choices=list(SAMPLERS), default="generalized", help="sampler")
+    group.add_argument("--skip_type", choices=("uniform", "quad"), default=skip_type, help="spacing of the timesteps")
+    group.add_argument("--timesteps", type=int, default=timesteps, help="sampler steps")
+    group.add_argument("--eta", type=float, default=0.0, help="share of DDPM noise, 0 (DDIM) to 1")
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float network with its configuration and where its weights came from."""
+
+    config: DictConfig
+    network: nn.Module
+    source: Path
+
+    def describe(self) -> dict[str, str]:
+        """Provenance: file name and SHA-256 of the weights."""
+        return {"source": self.source.name, "source_sha256": sha256(self.source)}
+
+
+def load_float_model(args: argparse.Namespace, config: DictConfig) -> FloatModel:
+    """The float model the flags ask for. Raises ValueError when they name none, or what loading raises."""
+    if args.ckpt is not None:
+        network = build_network(config)
+        load_weights(network, load_state(args.ckpt), args.ckpt)
+        return FloatModel(config, network, args.ckpt)
+    if not args.use_pretrained:
+        raise ValueError("no float weights: give --use_pretrained, or --ckpt FILE with weights of your own")
+    return FloatModel(config, *load_pretrained(config))
+
+
+def make_pipeline(args: argparse.Namespace, config: DictConfig) -> Pipeline:
+    """The sampling pipeline the flags ask for."""
+    return Pipeline.from_config(
+        config,
+        sampler=args.sample_type,
+        steps=args.timesteps,
+        skip_type=args.skip_type,
+        eta=args.eta,
+        seed=args.seed,
+    )
+
+
+def read_config(args: argparse.Namespace) -> DictConfig:
+    """The configuration that --config names."""
+    return load_config(args.config)
+
+
+def batches(first: int, count: int, size: int) -> Iterator[range]:
+    """Image indices first ... first + count - 1 in batches of `size`."""
+    for start in range(first, first + count, size):
+        yield range(start, min(start + size, first + count))
+
+
+def sample_batches(
+    pipeline: Pipeline,
+    network: nn.Module,
+    indices: Sequence[range],
+    title: str,
+    observe: Callable[[range], Callable] | None = None,
+) -> Iterator[tuple[range, Tensor]]:
+    """(image indices, images on the CPU) of each batch, under one progress bar that counts network calls."""
+    calls = len(indices) * len(pipeline.timesteps())
+    with tqdm(total=calls, desc=title, unit="call", dynamic_ncols=True) as bar:
+        for batch in indices:
+            watch = None if observe is None else observe(batch)
+
+            def tick(call, watch=watch) -> None:
+                bar.update()
+                if watch is not None:
+                    watch(call)
+
+            yield batch, pipeline.sample(network, batch, tick).cpu()
+
+
+def sample_images(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int, title: str) -> Tensor:
+    """Images 0 ... count - 1, [count, C, H, W] in [0, 1]."""
+    found = sample_batches(pipeline, network, list(batches(0, count, batch_size)), title)
+    return torch.cat([images for _, images in found])
+
+
+def record_batches(
+    pipeline: Pipeline, network: nn.Module, indices: Sequence[range]
+) -> Iterator[tuple[range, Trajectories]]:
+    """(image indices, float sampling states) of each batch of seeds."""
+    recorders: dict[range, Recorder] = {}
+
+    def observe(batch: range) -> Callable:
+        recorders[batch] = Recorder()
+        return recorders[batch].add
+
+    for batch, _ in sample_batches(pipeline, network, indices, "calibration data", observe):
+        yield batch, recorders.pop(batch).trajectories()
+
+
+def record(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int) -> Trajectories:
+    """Float sampling states of `count` calibration images, in memory."""
+    found = record_batches(pipeline, network, list(batches(FIRST_CALIBRATION_IMAGE, count, batch_size)))
+    return concatenate(part for _, part in found)
