@@ -15,7 +15,7 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 demo: install
-	$(BIN)/python scripts/compare_methods.py --config configs/cifar10-small.yml --methods nearest quick --weight_bit 4 --act_bit 8 --a_sym --split --outdir $(OUT)
+	$(BIN)/python scripts/compare_methods.py --config configs/cifar10-small.yml --use_pretrained --methods nearest quick --weight_bit 4 --act_bit 8 --a_sym --split --outdir $(OUT)
 
 test: install lint
 	$(BIN)/python -m pytest -q tests

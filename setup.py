@@ -21,7 +21,7 @@ setup(
         "pyyaml",
         "safetensors",
         "tqdm",
-        "torch-fidelity",
+        "torch-fidelity>=0.4.0",
         "matplotlib",
     ],
     extras_require={

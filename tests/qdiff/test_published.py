@@ -100,8 +100,19 @@ def test_golden_predictions_in_float64(case, case_network, case_io, golden, adap
     assert found.dtype == torch.float64 and relative(found, case_io[expected]) < 1e-9
 
 
-def test_golden_codes_are_those_of_the_format(golden, case_network, adapter):
+def with_zero_alphas(golden, path):
+    """An alpha of exactly 0 rounds up."""
+    state = torch.load(golden, weights_only=True)
+    for key in [key for key in state if key.endswith(".alpha")]:
+        state[key] = torch.where(state[key].abs() < state[key].abs().median(), 0.0, state[key])
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("change", [None, with_zero_alphas], ids=["golden", "zero-alphas"])
+def test_codes_are_those_of_the_format(golden, case_network, adapter, tmp_path, change):
     """Decoded here by the formula of formats §2, clip(floor(w / delta) + (alpha >= 0) + z, 0, 15)."""
+    golden = golden if change is None else change(golden, tmp_path / "ckpt.pth")
     network, _ = load_published(golden, case_network, adapter, published_recipe(**FLAGS, adapter=adapter))
     layers, decoded = quant_layers(network), decode(golden, 4)
     assert layers.keys() == decoded.keys()
@@ -198,6 +209,21 @@ def test_the_width_of_weights_can_be_told_from_the_codes(quantized, adapter, tmp
     found = Published(tmp_path / "ckpt.pth").weight_bits()
     assert bits in found
     assert len(found) == 1 if finder == "minmax" else bits + 2 not in found
+
+
+def test_the_halves_of_a_split_weight_are_measured_on_their_own_grids(tmp_path):
+    weight = torch.linspace(-7, 8, 16).view(1, 16, 1, 1)
+    grid = {
+        "delta": torch.ones(1, 1, 1, 1),
+        "zero_point": torch.full((1, 1, 1, 1), 7.0),
+        "alpha": torch.full_like(weight, -1),
+    }
+    state = {"model.l.weight": torch.cat([weight, weight / 100], 1)}
+    state |= {f"model.l.weight_quantizer.{key}": tensor for key, tensor in grid.items()}
+    state |= {f"model.l.weight_quantizer_0.{key}": tensor for key, tensor in grid.items()}
+    state["model.l.weight_quantizer_0.delta"] = torch.full((1, 1, 1, 1), 0.01)
+    torch.save(state, tmp_path / "ckpt.pth")
+    assert 4 in Published(tmp_path / "ckpt.pth").weight_bits()
 
 
 # Writing (formats §4)

@@ -10,7 +10,7 @@ from torch import nn
 from qdiff.arithmetic import fake_quantize, soft_quantize, soft_round
 from qdiff.calibration.loop import UnitData, minibatches, optimise, parameter_groups
 from qdiff.layers import QUANT_LAYERS, act_quantizers, quant_layers
-from qdiff.quantizers import MIN_SCALE
+from qdiff.quantizers import MIN_SCALE, ActQuantizer
 from qdiff.ranges import grid_from_range
 from qdiff.spec import Learn, Loss, QuantSpec, Reconstruct, RoundingPenalty, StepGroups
 from qdiff.steps import StepTable
@@ -184,8 +184,30 @@ def test_only_the_variables_named_are_penalized(unit, float_unit, data):
 
 
 def test_scales_stay_positive(unit, float_unit, data):
-    learn(unit, float_unit, data, whole("scale", 5.0, iterations=3))
-    assert min(scale.item() for scale in current(unit, "scale")) >= MIN_SCALE
+    """Too wide a step, so that learning narrows it, at a rate that would take it below zero."""
+    for scale in current(unit, "scale"):
+        scale.fill_(2.0)
+    learn(unit, float_unit, data, whole("scale", 5.0))
+    assert [scale.item() for scale in current(unit, "scale")] == [MIN_SCALE, MIN_SCALE]
+
+
+def test_each_sample_learns_the_scales_of_its_timestep(unit, float_unit, data):
+    """Two sets, and timesteps of the second alone: the loss is that set's, and the other does not move."""
+    table = StepTable(1000, StepGroups(2), torch.tensor([900, 100]))
+    for layer in quant_layers(unit).values():
+        layer.act_quantizer = ActQuantizer(QuantSpec(4, "signed"), table).double()
+        for group, scale in enumerate((0.9, 0.3)):
+            layer.act_quantizer.set_grid(torch.tensor(scale, dtype=torch.float64), torch.tensor(0.0), group)
+    fresh, groups = copy.deepcopy(unit), {"scale": [q.scale for q in act_quantizers(unit).values()]}
+    data.t.fill_(120.0)
+    history = optimise(unit, data, whole("scale", 0.01), groups, table, torch.Generator())
+    for quantizer in act_quantizers(fresh).values():
+        quantizer.scale.fill_(0.3)
+    with next(iter(act_quantizers(fresh).values())).steps.at(data.t):
+        expected = (fresh(data.quantized[0]) - data.target).square().sum(1).mean()
+    assert history.losses[0][1] == pytest.approx(expected.item(), rel=1e-6)
+    assert all(scale[0] == 0.9 and abs(scale[1] - 0.3) > 0.005 for scale in groups["scale"])
+    assert table.index is None
 
 
 def test_minibatches_are_random_and_without_repeats(generator):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qdiff.calibration import observers
 from qdiff.calibration.observers import RangeObserver, value_rows
 from qdiff.quantizers import ActQuantizer
 from qdiff.ranges import grid_from_range, make_finder
@@ -140,17 +141,20 @@ def test_a_search_over_several_batches_is_one_over_all_their_values(finder):
 
 
 def test_a_search_never_loses_the_true_ends():
-    """At 8 bits cutting off a far outlier costs more than its step: the sample, which may miss it, must not decide."""
+    """To this norm cutting off the outlier costs most; a sample of half the values often misses it."""
     x = torch.cat([torch.linspace(-1, 1, 2**15), torch.tensor([40.0])]).view(1, -1)
     quantizer = ActQuantizer(QuantSpec(8, "signed"), StepTable(10, StepGroups()))
-    observe(quantizer, [x], RangeSpec("percentile", p=4.0))
-    assert quantizer.scale.item() == pytest.approx(40 / 127, rel=1e-4)
+    for seed in range(8):
+        observe(quantizer, [x], RangeSpec("percentile", p=4.0), torch.Generator().manual_seed(seed))
+        assert quantizer.scale.item() == pytest.approx(40 / 127, rel=1e-4)
 
 
-def test_the_same_generator_gives_the_same_search(quantizer):
-    x = torch.randn(1, 2**15, generator=torch.Generator().manual_seed(1))
+def test_the_sample_of_a_search_comes_from_the_stages_generator(quantizer, monkeypatch):
+    monkeypatch.setattr(observers, "SAMPLE", 8)  # so few that another sample gives another range
+    x = torch.randn(1, 2**12, generator=torch.Generator().manual_seed(1))
     scales = []
     for seed in (0, 0, 1):
-        observe(quantizer, [x], RangeSpec("shrink"), torch.Generator().manual_seed(seed))
+        torch.manual_seed(len(scales))
+        observe(quantizer, [x], RangeSpec("theta"), torch.Generator().manual_seed(seed))
         scales.append(quantizer.scale.item())
-    assert scales[0] == scales[1]
+    assert scales[0] == scales[1] != scales[2]
