@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,62 @@ logger = logging.getLogger(__name__)
 # What the original scripts assume where a flag is left out; --method and --recipe bring their own values instead.
 ORIGINAL_DEFAULTS = {"selector_steps": 1, "per_step": 1024}
 QUANT_MODES = {"qdiff": "q-diffusion", "linear": "nearest"}
+# Flags whose value a recipe file holds.
+HELD_BY_RECIPE = "method cali_batch_size cali_iters cali_iters_a cali_lr cali_p running_stat rounding_start compat"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_nothing = action.required or action.default is False or action.default in (None, ())
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags only as they are spelled, and says in one line what is wrong with them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (--help lists the flags)\n")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that takes flags only as they are spelled."""
-    return argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """A script's parser."""
+    return Parser(description=description)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number within bounds."""
+    wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    return _bounded(int, low, float("inf") if high is None else high, wanted)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of a flag that takes a number within bounds."""
+    return _bounded(float, low, high, f"a number from {low:g} to {high:g}")
+
+
+def _bounded(kind: type, low: float, high: float, wanted: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+        return value
+
+    return read
 
 
 def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> None:
     """--seed, --device, --verbose, --dry_run."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=seed, required=seed is None, help="every random draw comes from it")
+    seeds = whole(0, 2**63 - 1)
+    group.add_argument("--seed", type=seeds, default=seed, required=seed is None, help="every random draw comes from it")
     group.add_argument("--device", default=None, help="where to run, e.g. cpu, cuda, cuda:1 (default: a GPU if any)")
     group.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
@@ -56,32 +100,35 @@ def add_quantization_flags(parser: argparse.ArgumentParser, split: bool = True) 
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")
-    group.add_argument("--weight_bit", type=int, default=None, help="bits of weights, 2 to 8 (8 if left out)")
-    group.add_argument("--act_bit", type=int, default=None, help="bits of activations, 2 to 8 (8 if left out)")
-    group.add_argument("--sm_abit", type=int, default=None, help="bits of softmax outputs, 2 to 16 (8 if left out)")
+    group.add_argument("--weight_bit", type=whole(2, 8), help="bits of weights, 2 to 8 (default: 8)")
+    group.add_argument("--act_bit", type=whole(2, 8), help="bits of activations, 2 to 8 (default: 8)")
+    group.add_argument("--sm_abit", type=whole(2, 16), help="bits of softmax outputs, 2 to 16 (default: 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activations")
     if split:
         group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
-    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help="the original's name for a method")
-    group.add_argument("--method", choices=METHODS, default=None, help="calibration method, with its own defaults")
-    group.add_argument("--recipe", type=Path, default=None, help="a recipe file (YAML) in place of a method")
+    modes = ", ".join(f"{mode}: {method}" for mode, method in QUANT_MODES.items())
+    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"original name of a method ({modes})")
+    group.add_argument("--method", choices=METHODS, help="calibration method, with its own defaults")
+    group.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe (YAML) in place of a method")
     group.add_argument("--running_stat", action="store_true", help="moving averages for activation ranges")
-    group.add_argument("--rounding_start", choices=("nearest", "gptq"), default="nearest", help="q-diffusion's start")
-    group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), help="faults of the original to reproduce")
+    group.add_argument("--rounding_start", choices=("nearest", "gptq"), help="q-diffusion's start (default: nearest)")
+    group.add_argument(
+        "--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=f"reproduce faults: {', '.join(COMPAT)}"
+    )
     add_calibration_flags(parser.add_argument_group("calibration"))
 
 
 def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     """The --cali_... flags and what to resume from."""
-    group.add_argument("--cali_st", type=int, default=None, help="sampler steps to calibrate on")
-    group.add_argument("--cali_n", type=int, default=None, help="samples of each of those steps")
-    group.add_argument("--cali_batch_size", type=int, default=None, help="batch of the learned stages (32)")
-    group.add_argument("--cali_iters", type=int, default=None, help="iterations per unit for weights (20000)")
-    group.add_argument("--cali_iters_a", type=int, default=None, help="iterations per unit for activations (5000)")
-    group.add_argument("--cali_lr", type=float, default=None, help="learning rate of activation scales (4e-4)")
-    group.add_argument("--cali_p", type=float, default=None, help="norm of the activation stage's loss (2.4)")
-    group.add_argument("--cali_data_path", type=Path, default=None, help="calibration data; made here if left out")
-    group.add_argument("--cali_ckpt", type=Path, default=None, help="calibrated checkpoint: ckpt.pth or .safetensors")
+    group.add_argument("--cali_st", type=whole(1), help="sampler steps to calibrate on (default: 1, or --method's)")
+    group.add_argument("--cali_n", type=whole(1), help="samples of each of those steps (default: 1024, or --method's)")
+    group.add_argument("--cali_batch_size", type=whole(1), help="batch of the learned stages (default: 32)")
+    group.add_argument("--cali_iters", type=whole(1), help="iterations per unit for weights (default: 20000)")
+    group.add_argument("--cali_iters_a", type=whole(1), help="iterations per unit for activations (default: 5000)")
+    group.add_argument("--cali_lr", type=number(1e-9, 1e3), help="learning rate of activation scales (default: 4e-4)")
+    group.add_argument("--cali_p", type=number(0.1, 10), help="norm of the activation stage's loss (default: 2.4)")
+    group.add_argument("--cali_data_path", type=Path, metavar="PATH", help="calibration data; made here if left out")
+    group.add_argument("--cali_ckpt", type=Path, metavar="FILE", help="calibrated checkpoint: ckpt.pth or .safetensors")
     group.add_argument("--resume", action="store_true", help="load --cali_ckpt (meant when --cali_ckpt is given)")
     group.add_argument("--resume_w", action="store_true", help="take weights from --cali_ckpt, calibrate activations")
 
@@ -105,9 +152,6 @@ def method_options(args: argparse.Namespace) -> MethodOptions:
         "rounding_start": args.rounding_start,
         "compat": tuple(args.compat),
     }
-    for name in ("selector_steps", "per_step", "batch_size", "iterations", "act_iterations"):
-        if given[name] is not None and given[name] < 1:
-            raise ValueError(f"{FLAG_OF[name]} {given[name]}: expected at least 1")
     options = replace(MethodOptions(), **{name: value for name, value in given.items() if value is not None})
     if args.method is None:
         missing = {k: v for k, v in ORIGINAL_DEFAULTS.items() if getattr(options, k) is None}
@@ -115,36 +159,39 @@ def method_options(args: argparse.Namespace) -> MethodOptions:
     return options
 
 
-FLAG_OF = {
-    "weight_bits": "--weight_bit",
-    "act_bits": "--act_bit",
-    "softmax_bits": "--sm_abit",
-    "selector_steps": "--cali_st",
-    "per_step": "--cali_n",
-    "batch_size": "--cali_batch_size",
-    "iterations": "--cali_iters",
-    "act_iterations": "--cali_iters_a",
-}
-assert set(FLAG_OF) <= {f.name for f in fields(MethodOptions)}
-
-
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that --recipe, --method or --quant_mode asks for.
 
-    Bit widths given beside --recipe replace the recipe's. Raises ValueError naming what is wrong.
+    Bit widths, --a_sym, --split, --cali_st and --cali_n given beside --recipe replace the recipe's. Raises ValueError
+    naming what is wrong.
     """
     if args.recipe is None:
         return make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
     if not args.recipe.is_file():
         raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
+    for name in HELD_BY_RECIPE.split():
+        if getattr(args, name):
+            raise ValueError(f"--{name}: the recipe holds it, so say it in {args.recipe}")
     recipe = Recipe.load(args.recipe)
-    if args.weight_bit is not None:
-        recipe = replace(recipe, weights=replace(recipe.weights, bits=args.weight_bit))
-    if args.act_bit is not None and recipe.activations is not None:
-        recipe = replace(recipe, activations=replace(recipe.activations, bits=args.act_bit))
-    if args.sm_abit is not None and recipe.softmax is not None:
-        recipe = replace(recipe, softmax=replace(recipe.softmax, bits=args.sm_abit))
-    return recipe
+    if args.quant_act and recipe.activations is None:
+        raise ValueError(f"--quant_act: contradicts {args.recipe}, which leaves activations float")
+    activations, softmax = recipe.activations, recipe.softmax
+    if activations is not None:
+        activations = _with(activations, bits=args.act_bit, kind="signed" if args.a_sym else None)
+        softmax = softmax if args.sm_abit is None else _with(softmax_spec(recipe), bits=args.sm_abit)
+    return replace(
+        recipe,
+        weights=_with(recipe.weights, bits=args.weight_bit),
+        activations=activations,
+        softmax=softmax,
+        split_shortcuts=recipe.split_shortcuts or getattr(args, "split", False),
+        selector=_with(recipe.selector, steps=args.cali_st, per_step=args.cali_n),
+    )
+
+
+def _with(spec: Any, **given: Any) -> Any:
+    """The spec with those fields replaced that are given."""
+    return replace(spec, **{name: value for name, value in given.items() if value is not None})
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -153,9 +200,10 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+        torch.empty(0, device=device).cpu()  # the meta device fails here
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError among them
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...; not available here: {reason}") from error
     return device
 
 

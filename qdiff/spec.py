@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import types
-import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qdiff.plain import from_plain, one_of, to_plain, within
+
 KINDS = ("affine", "signed", "unsigned", "unsigned_mid")
 AXES = ("tensor", "out_channel", "in_channel")
 RANGE_FINDERS = ("minmax", "shrink", "theta", "percentile")  # made in qdiff.ranges
-
-
-def one_of(name: str, value: Any, valid: typing.Iterable[Any]) -> None:
-    """Raise a ValueError naming the field and its valid values unless `value` is one of them."""
-    valid = tuple(valid)
-    if value not in valid:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, valid))}, found {value!r}")
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError naming the field unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected a value from {low} to {high}, found {value}")
 
 
 @dataclass(frozen=True)
@@ -321,12 +308,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists; a stage carries its name under "stage"."""
-        return _to_plain(self)
+        return to_plain(self, STAGES)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises ValueError naming an unknown field, stage or value."""
-        return _from_plain(cls, plain, "recipe")
+        return from_plain(cls, plain, "recipe", {Stage: STAGES})
 
     def to_yaml(self) -> str:
         """The recipe as YAML text, ready to be edited and given back."""
@@ -346,65 +333,3 @@ def _with_bits(spec: QuantSpec | None, bits: int | None, default: QuantSpec | No
     if bits is None or default is None:
         return spec
     return dataclasses.replace(default, bits=bits) if bits else None
-
-
-def _to_plain(value: Any) -> Any:
-    if is_dataclass(value):
-        plain = {f.name: _to_plain(getattr(value, f.name)) for f in fields(value)}
-        names = [name for name, kind in STAGES.items() if isinstance(value, kind)]
-        return {"stage": names[0], **plain} if names else plain
-    if isinstance(value, (tuple, list)):
-        return [_to_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _to_plain(item) for key, item in value.items()}
-    return value
-
-
-def _from_plain(kind: Any, plain: Any, where: str) -> Any:
-    """Build the annotated type `kind` from plain data; `where` names the place in error messages."""
-    if kind == Stage:
-        name = plain.get("stage") if isinstance(plain, dict) else None
-        one_of(f"{where}: stage", name, STAGES)
-        return _from_plain(STAGES[name], {key: item for key, item in plain.items() if key != "stage"}, where)
-    if is_dataclass(kind):
-        return _described(kind, plain, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        if plain is None and type(None) in arguments:
-            return None
-        return _from_plain(next(a for a in arguments if a is not type(None)), plain, where)
-    if origin is tuple:
-        _expect((list, tuple), "a list", plain, where)
-        return tuple(_from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(plain))
-    if origin is dict:
-        _expect(dict, "a mapping", plain, where)
-        return {key: _from_plain(arguments[1], item, f"{where}.{key}") for key, item in plain.items()}
-    return _scalar(kind, plain, where)
-
-
-def _described(kind: type, plain: Any, where: str) -> Any:
-    """A dataclass from a mapping of its fields."""
-    _expect(dict, "a mapping", plain, where)
-    hints = typing.get_type_hints(kind)
-    for key in plain:
-        one_of(f"{where}: field", key, hints)
-    for needed in fields(kind):
-        if needed.default is MISSING and needed.default_factory is MISSING and needed.name not in plain:
-            raise ValueError(f"{where}: field {needed.name} is missing")
-    values = {key: _from_plain(hints[key], item, f"{where}.{key}") for key, item in plain.items()}
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _expect(kind: type | tuple[type, ...], name: str, plain: Any, where: str) -> None:
-    if not isinstance(plain, kind):
-        raise ValueError(f"{where}: expected {name}, found {plain!r}")
-
-
-def _scalar(kind: type, plain: Any, where: str) -> Any:
-    accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(plain, accepted) or (isinstance(plain, bool) and kind is not bool):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {plain!r}")
-    return kind(plain)
