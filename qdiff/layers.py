@@ -23,6 +23,8 @@ class QuantLayer(nn.Module):
     second part, or None.
     """
 
+    channel_axis = 1  # of the layer's input
+
     def __init__(
         self,
         layer: nn.Module,
@@ -45,7 +47,8 @@ class QuantLayer(nn.Module):
             if weight_spec is not None:
                 setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(weight_spec, layer.weight[:, part]))
             if act_spec is not None:
-                setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_spec, steps, part.stop - part.start))
+                quantizer = ActQuantizer(act_spec, steps, part.stop - part.start, self.channel_axis)
+                setattr(self, f"act_quantizer{suffix}", quantizer)
         if weight_spec is not None:
             dtype = torch.int8 if weight_spec.lo < 0 else torch.uint8
             codes = torch.zeros(layer.weight.shape, dtype=dtype, device=layer.weight.device)
@@ -65,10 +68,6 @@ class QuantLayer(nn.Module):
         """One, or one per part of a split layer; none if the input stays float."""
         return self._quantizers("act_quantizer")
 
-    def channel_axis(self, x: Tensor) -> int:
-        """The axis of an input that holds its channels."""
-        return 1
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's linear map with its bias."""
         raise TypeError(f"{type(self).__name__} has no product")
@@ -78,9 +77,9 @@ class QuantLayer(nn.Module):
         quantizers = self.act_quantizers
         if len(quantizers) < 2:
             return quantizers[0](x) if quantizers else x
-        axis = self.channel_axis(x)
         widths = [part.stop - part.start for part in self.slices]
-        return torch.cat([q(p) for q, p in zip(quantizers, x.split(widths, axis), strict=True)], axis)
+        parts = zip(quantizers, x.split(widths, self.channel_axis), strict=True)
+        return torch.cat([quantizer(part) for quantizer, part in parts], self.channel_axis)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.rounding is None else torch.cat([r() for r in self.rounding], 1)
@@ -135,8 +134,7 @@ class QuantConv(QuantLayer):
 class QuantLinear(QuantLayer):
     """A quantized Linear; the input's channels are its last axis."""
 
-    def channel_axis(self, x: Tensor) -> int:
-        return x.dim() - 1
+    channel_axis = -1
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

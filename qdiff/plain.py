@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -86,6 +87,9 @@ def _expect(kind: type | tuple[type, ...], name: str, plain: Any, where: str) ->
 
 
 def _scalar(kind: type, plain: Any, where: str) -> Any:
+    if kind is float and isinstance(plain, str):  # YAML 1.1 takes 1e-3 for text
+        with suppress(ValueError):
+            return float(plain)
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and kind is not bool):
         raise ValueError(f"{where}: expected {kind.__name__}, found {plain!r}")

@@ -21,13 +21,13 @@ class ActQuantizer(nn.Module):
     tensor, [groups, channels] for one per input channel; they keep their identity, calibration copies into them.
     """
 
-    def __init__(self, spec: QuantSpec, steps: StepTable, channels: int | None = None) -> None:
-        """channels: width of the quantized axis, needed for a grid per input channel."""
+    def __init__(self, spec: QuantSpec, steps: StepTable, channels: int | None = None, channel_axis: int = 1) -> None:
+        """channels: width of `channel_axis`, needed for a grid per input channel."""
         super().__init__()
         if spec.axis == "in_channel" and channels is None:
             raise ValueError("an activation grid per input channel needs the number of channels")
         shape = (steps.count,) if spec.axis == "tensor" else (steps.count, channels)
-        self.spec = spec
+        self.spec, self.channel_axis = spec, channel_axis
         self.scale = nn.Parameter(torch.ones(shape), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(shape))
         self.enabled = False
@@ -61,9 +61,9 @@ class ActQuantizer(nn.Module):
             chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
         if values.dim() == 1:
             return chosen.view(-1, *[1] * (x.dim() - 1)) if chosen.shape[0] > 1 else chosen
-        if x.dim() <= 3:  # [N, C] or tokens [N, L, C]
-            return chosen.view(chosen.shape[0], *[1] * (x.dim() - 2), -1)
-        return chosen.view(*chosen.shape, *[1] * (x.dim() - 2))
+        shape = [1] * x.dim()
+        shape[0], shape[self.channel_axis] = chosen.shape
+        return chosen.view(shape)
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor, group: int | None = None) -> None:

@@ -45,11 +45,16 @@ def insert_quantizers(
             network.set_submodule(name, quantized.to(next(network.parameters()).device).train(product.training))
     network.step_table = steps.to(next(network.parameters()).device).train(network.training)
     network.register_forward_pre_hook(_tell_timesteps, with_kwargs=True)
+    network.register_forward_hook(_forget_timesteps, always_call=True)
     return network.to(next(network.parameters()).dtype)
 
 
 def _tell_timesteps(network: nn.Module, args: tuple, kwargs: dict) -> None:
     network.step_table.select(args[1] if len(args) > 1 else kwargs["t"])
+
+
+def _forget_timesteps(network: nn.Module, args: tuple, output: Tensor) -> None:
+    network.step_table.index = None
 
 
 def _check_rules(recipe: Recipe, names: list[str]) -> None:

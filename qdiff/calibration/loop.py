@@ -118,7 +118,7 @@ def optimise(
         modes.enter_context(_learning(groups))
         modes.enter_context(training_mode(unit, train_mode))
         modes.enter_context(dropping(quantizers, stage.drop, generator))
-        modes.enter_context(_seeded(train_mode, generator))
+        modes.enter_context(_seeded(train_mode, generator, data.target.device))
         batches = minibatches(len(data.target), stage.batch_size, stage.iterations, generator)
         for iteration, index in enumerate(batches):
             index = index.to(data.target.device)
@@ -151,12 +151,13 @@ def _learning(groups: Groups) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(active: bool, generator: torch.Generator) -> Iterator[None]:
-    """Dropout draws from the global generator: seed that from ours, and put its former state back afterwards."""
+def _seeded(active: bool, generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Dropout draws from the device's global generator: seed that from ours, and put its former state back."""
     if not active:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
 

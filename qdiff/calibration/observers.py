@@ -18,7 +18,7 @@ def value_rows(quantizer: ActQuantizer, x: Tensor) -> Tensor:
     """x: [N, C, ...] or [N, tokens, C]. Returns [1, K] for a grid per tensor, [C, K] for one per input channel."""
     if quantizer.spec.axis == "tensor":
         return x.reshape(1, -1)
-    return x.movedim(-1 if x.dim() == 3 else 1, 0).flatten(1)
+    return x.movedim(quantizer.channel_axis, 0).flatten(1)
 
 
 class RangeObserver:

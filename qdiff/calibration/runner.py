@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adapters.base import Adapter, Segment
-from qdiff.calibration.capture import observing
+from qdiff.calibration.capture import observing, training_mode
 from qdiff.calibration.compensate import compensate_unit
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.loop import UnitData, optimise, parameter_groups
 from qdiff.calibration.objectives import mean_lp
 from qdiff.calibration.observers import RangeObserver
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.layers import act_quantizers, quant_layers
+from qdiff.layers import QuantLayer, act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range, make_finder
 from qdiff.spec import ActivationRanges, Compensate, Loss, Recipe, Reconstruct, Stage, WeightRanges
 from qdiff.surgery import insert_quantizers
@@ -99,16 +99,16 @@ def calibrate(
     does not fit.
     """
     network = insert_quantizers(copy.deepcopy(float_network), recipe, adapter, timesteps)
-    network.requires_grad_(False)
-    float_network.requires_grad_(False)
+    network.requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
     run = Calibration(float_network, network, adapter, recipe, data, generator, progress or Progress())
     if weights_from is not None:
         take_weights(network, weights_from)
-    for number, stage in enumerate(recipe.stages):
-        started = time.monotonic()
-        STAGE_HANDLERS[type(stage)](run, stage, number)
-        logger.info("stage %d, %s: %.1f s", number, type(stage).__name__, time.monotonic() - started)
+    with training_mode(float_network, False):
+        for number, stage in enumerate(recipe.stages):
+            started = time.monotonic()
+            STAGE_HANDLERS[type(stage)](run, stage, number)
+            logger.info("stage %d, %s: %.1f s", number, type(stage).__name__, time.monotonic() - started)
     return run
 
 
@@ -116,24 +116,27 @@ def calibrate(
 def take_weights(network: nn.Module, source: nn.Module) -> None:
     """Copy weight grids, codes and biases between two networks with quantizers.
 
-    Raises ValueError naming a layer that is split or quantized in one and not in the other.
+    Raises ValueError naming a layer whose grids or split differ.
     """
     theirs = quant_layers(source)
     for name, layer in quant_layers(network).items():
-        grids = theirs[name].weight_quantizers if name in theirs else []
-        if [q.scale.shape for q in grids] != [q.scale.shape for q in layer.weight_quantizers]:
-            raise ValueError(
-                f"{name}: the given weights have {len(grids)} grids, {len(layer.weight_quantizers)} are needed"
-            )
-        if not grids:
+        given = theirs.get(name)
+        found, needed = ("no layer" if it is None else _weight_form(it) for it in (given, layer))
+        if found != needed:
+            raise ValueError(f"{name}: the given weights have {found}, expected {needed}")
+        if not layer.weight_quantizers:
             continue
-        for quantizer, grid in zip(layer.weight_quantizers, grids, strict=True):
-            if quantizer.spec.bits != grid.spec.bits:
-                raise ValueError(f"{name}: the given weights have {grid.spec.bits} bits, not {quantizer.spec.bits}")
+        for quantizer, grid in zip(layer.weight_quantizers, given.weight_quantizers, strict=True):
             quantizer.set_grid(grid.scale, grid.zero_point)
         if layer.bias is not None:
-            layer.bias.copy_(theirs[name].bias)
-        layer.freeze(theirs[name].codes)
+            layer.bias.copy_(given.bias)
+        layer.freeze(given.codes)
+
+
+def _weight_form(layer: QuantLayer) -> str:
+    """A layer's weight grids in words: equal for layers that can exchange codes."""
+    grids = [f"{q.spec.bits} bits {q.spec.kind} {q.spec.axis}" for q in layer.weight_quantizers]
+    return f"{list(layer.weight.shape)} " + (" and ".join(grids) or "float") + f", split at {layer.boundary}"
 
 
 def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -> None:

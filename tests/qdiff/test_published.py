@@ -211,19 +211,28 @@ def test_the_width_of_weights_can_be_told_from_the_codes(quantized, adapter, tmp
     assert len(found) == 1 if finder == "minmax" else bits + 2 not in found
 
 
+def crafted(path, weight, deltas):
+    """A file of one split layer with 4-bit codes 0 ... 15 wherever weight / delta runs from -7 to 8."""
+    width = weight.shape[1] // 2
+    state = {"model.l.weight": weight}
+    for part, delta in zip(("weight_quantizer", "weight_quantizer_0"), deltas, strict=True):
+        grid = torch.full((len(weight), 1, 1, 1), delta)
+        state[f"model.l.{part}.delta"], state[f"model.l.{part}.zero_point"] = grid, torch.full_like(grid, 7)
+        state[f"model.l.{part}.alpha"] = torch.full_like(weight[:, :width], -1)
+    torch.save(state, path)
+    return Published(path)
+
+
 def test_the_halves_of_a_split_weight_are_measured_on_their_own_grids(tmp_path):
     weight = torch.linspace(-7, 8, 16).view(1, 16, 1, 1)
-    grid = {
-        "delta": torch.ones(1, 1, 1, 1),
-        "zero_point": torch.full((1, 1, 1, 1), 7.0),
-        "alpha": torch.full_like(weight, -1),
-    }
-    state = {"model.l.weight": torch.cat([weight, weight / 100], 1)}
-    state |= {f"model.l.weight_quantizer.{key}": tensor for key, tensor in grid.items()}
-    state |= {f"model.l.weight_quantizer_0.{key}": tensor for key, tensor in grid.items()}
-    state["model.l.weight_quantizer_0.delta"] = torch.full((1, 1, 1, 1), 0.01)
-    torch.save(state, tmp_path / "ckpt.pth")
-    assert 4 in Published(tmp_path / "ckpt.pth").weight_bits()
+    published = crafted(tmp_path / "ckpt.pth", torch.cat([weight / 64, weight], 1), (1 / 64, 1.0))
+    assert list(published.weight_bits()) == [3, 4]
+
+
+def test_a_channel_that_its_search_has_narrowed_much_does_not_widen_all(tmp_path):
+    weight = torch.linspace(-7, 8, 16).view(1, 16, 1, 1) * torch.tensor([1.0, 1, 9, 1, 1]).view(5, 1, 1, 1)
+    published = crafted(tmp_path / "ckpt.pth", torch.cat([weight, weight], 1), (1.0, 1.0))
+    assert list(published.weight_bits()) == [3, 4]
 
 
 # Writing (formats §4)

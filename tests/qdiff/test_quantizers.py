@@ -48,13 +48,13 @@ def test_state_dict_is_complete_before_the_first_forward():
 
 
 @pytest.mark.parametrize(
-    ("shape", "view"),
-    [((2, 3), (1, 3)), ((2, 5, 3), (1, 1, 3)), ((2, 3, 4, 4), (1, 3, 1, 1))],
-    ids=["features", "tokens", "images"],
+    ("shape", "view", "axis"),
+    [((2, 3), (1, 3), -1), ((2, 3, 3), (1, 1, 3), -1), ((2, 3, 3), (1, 3, 1), 1), ((2, 3, 4, 4), (1, 3, 1, 1), 1)],
+    ids=["features", "tokens", "sequences", "images"],
 )
-def test_a_grid_per_input_channel_lies_along_the_channel_axis(shape, view, generator):
+def test_a_grid_per_input_channel_lies_along_the_channel_axis(shape, view, axis, generator):
     spec = QuantSpec(8, "signed", "in_channel")
-    quantizer = ActQuantizer(spec, ONE_SET, 3)
+    quantizer = ActQuantizer(spec, ONE_SET, 3, axis)
     scale, x = torch.tensor([0.1, 0.2, 0.4]), torch.randn(shape, generator=generator)
     quantizer.set_grid(scale, torch.zeros(3))
     assert torch.equal(quantizer(x), fake_quantize(x, scale.view(view), torch.zeros(()), spec))

@@ -13,10 +13,6 @@ from qdiff.spec import KINDS, QuantSpec, RangeSpec
 AFFINE8, MID8 = QuantSpec(8, "affine"), QuantSpec(8, "unsigned_mid")
 
 
-def spec_id(spec):
-    return f"{spec.kind}{spec.bits}"
-
-
 def rows(*ends):
     """Values [len(ends), 500] spread over (low, high) each, in float64 so that no two candidates tie by rounding."""
     generator = torch.Generator().manual_seed(3)
@@ -203,7 +199,8 @@ POSITIVE = rows((0, 1), (0.5, 4))
         (Percentile((0.9, 0.95, 1.0), 2.0), MIXED, tails((0.9, 0.95, 1.0)), AFFINE3),
         (Percentile((0.9, 0.95, 1.0), 2.0), MIXED, tails((0.9, 0.95, 1.0)), MID3),
     ],
-    ids=lambda v: spec_id(v) if isinstance(v, QuantSpec) else type(v).__name__ if hasattr(v, "p") else None,
+    ids=["shrink-affine", "shrink-signed", "shrink-mid", "shrink-unsigned", "theta-mid", "theta-positive"]
+    + ["theta-negative", "theta-signed", "percentile-affine", "percentile-mid"],
 )
 def test_search_is_the_plain_loop_over_rows_and_candidates(finder, values, candidates, spec):
     scale, zero = grid_from_range(*finder(values, spec), spec)

@@ -231,37 +231,39 @@ def test_a_recipe_file_that_is_not_text_is_refused(tmp_path):
 # Mistakes in Python
 
 
+OUT_OF_BOUNDS = [
+    (lambda: QuantSpec(17), "bits: .*found 17"),
+    (lambda: Recipe("x", QuantSpec(4, axis="in_channel")), "weights axis: expected tensor or out_channel"),
+    (lambda: RangeSpec(aggregate="last"), "aggregate: expected one of first, ema, all, found 'last'"),
+    (lambda: RangeSpec(prefix="mixed"), "prefix: expected one of quantized, float"),
+    (lambda: RangeSpec(momentum=1.5), "momentum: .*found 1.5"),
+    (lambda: RangeSpec(batch_size=0), "batch_size: .*found 0"),
+    (lambda: RangeSpec(candidates=0), "candidates: .*found 0"),
+    (lambda: RangeSpec(p=0.0), "range p: .*found 0.0"),
+    (lambda: Selector(steps=0), "--cali_st.*found 0"),
+    (lambda: Selector(per_step=0), "--cali_n.*found 0"),
+    (lambda: StepGroups(0), "step_groups count: .*found 0"),
+    (lambda: Compensate(damping=0.0), "damping: .*found 0.0"),
+    (lambda: Compensate(block=0), "block: .*found 0"),
+    (lambda: Compensate(batch_size=0), "batch_size: .*found 0"),
+    (lambda: ActivationRanges(inputs="last"), "inputs: expected one of all, random, stratified, first"),
+    (lambda: ActivationRanges(samples=0), "samples: .*found 0"),
+    (lambda: Reconstruct(iterations=0), "iterations: .*found 0"),
+    (lambda: Reconstruct(inputs="both"), "inputs: expected one of float, quantized, mixed, found 'both'"),
+    (lambda: Reconstruct(mix=1.5), "mix: .*found 1.5"),
+    (lambda: Reconstruct(drop=-0.5), "drop: .*found -0.5"),
+    (lambda: Reconstruct(keep="best"), "keep: expected one of always, better, found 'best'"),
+    (lambda: Loss(p=0.0), "loss p: .*found 0.0"),
+    (lambda: Loss(reduction="sum"), "loss reduction: expected one of channel_sum, mean"),
+    (lambda: Loss(taps=-1.0), "loss taps: .*found -1.0"),
+    (lambda: RoundingPenalty(warmup=1.5), "warmup: .*found 1.5"),
+    (lambda: RoundingPenalty(weight=-1.0), "penalty weight: .*found -1.0"),
+    (lambda: RoundingPenalty(beta_end=0.0), "beta_end: .*found 0.0"),
+]
+
+
 @pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: QuantSpec(17), "bits: .*found 17"),
-        (lambda: Recipe("x", QuantSpec(4, axis="in_channel")), "weights axis: expected tensor or out_channel"),
-        (lambda: RangeSpec(aggregate="last"), "aggregate: expected one of first, ema, all, found 'last'"),
-        (lambda: RangeSpec(prefix="mixed"), "prefix: expected one of quantized, float"),
-        (lambda: RangeSpec(momentum=1.5), "momentum: .*found 1.5"),
-        (lambda: RangeSpec(batch_size=0), "batch_size: .*found 0"),
-        (lambda: RangeSpec(candidates=0), "candidates: .*found 0"),
-        (lambda: RangeSpec(p=0.0), "range p: .*found 0.0"),
-        (lambda: Selector(steps=0), "--cali_st.*found 0"),
-        (lambda: Selector(per_step=0), "--cali_n.*found 0"),
-        (lambda: StepGroups(0), "step_groups count: .*found 0"),
-        (lambda: Compensate(damping=0.0), "damping: .*found 0.0"),
-        (lambda: Compensate(block=0), "block: .*found 0"),
-        (lambda: Compensate(batch_size=0), "batch_size: .*found 0"),
-        (lambda: ActivationRanges(inputs="last"), "inputs: expected one of all, random, stratified, first"),
-        (lambda: ActivationRanges(samples=0), "samples: .*found 0"),
-        (lambda: Reconstruct(iterations=0), "iterations: .*found 0"),
-        (lambda: Reconstruct(inputs="both"), "inputs: expected one of float, quantized, mixed, found 'both'"),
-        (lambda: Reconstruct(mix=1.5), "mix: .*found 1.5"),
-        (lambda: Reconstruct(drop=-0.5), "drop: .*found -0.5"),
-        (lambda: Reconstruct(keep="best"), "keep: expected one of always, better, found 'best'"),
-        (lambda: Loss(p=0.0), "loss p: .*found 0.0"),
-        (lambda: Loss(reduction="sum"), "loss reduction: expected one of channel_sum, mean"),
-        (lambda: Loss(taps=-1.0), "loss taps: .*found -1.0"),
-        (lambda: RoundingPenalty(warmup=1.5), "warmup: .*found 1.5"),
-        (lambda: RoundingPenalty(weight=-1.0), "penalty weight: .*found -1.0"),
-        (lambda: RoundingPenalty(beta_end=0.0), "beta_end: .*found 0.0"),
-    ],
+    ("build", "message"), OUT_OF_BOUNDS, ids=[message.split(":")[0] for _, message in OUT_OF_BOUNDS]
 )
 def test_a_value_out_of_bounds_is_refused_where_it_is_given(build, message):
     with pytest.raises(ValueError, match=message):

@@ -107,9 +107,9 @@ def table():
     return StepTable(1000, StepGroups(3), torch.tensor([900, 500, 100]))
 
 
-def two_decimals(table, axis="tensor", channels=None):
+def two_decimals(table, axis="tensor", channels=None, channel_axis=1):
     """Three sets, of scales 1, 0.1 and 0.01 (times 1, 2, ... per channel)."""
-    quantizer = ActQuantizer(QuantSpec(8, "signed", axis), table, channels)
+    quantizer = ActQuantizer(QuantSpec(8, "signed", axis), table, channels, channel_axis)
     for group in range(3):
         scale = 0.1**group * (torch.ones(()) if channels is None else torch.arange(1, channels + 1))
         quantizer.set_grid(scale, torch.zeros_like(scale), group)
@@ -131,12 +131,16 @@ def test_heads_folded_into_the_batch_axis_take_their_samples_set(table):
     assert snapped[:, 0, 0].tolist() == pytest.approx([0.54, 0.54, 0.5, 0.5], abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (3, 7, 2), (3, 2, 4, 4)], ids=["features", "tokens", "images"])
-def test_sets_with_a_scale_per_channel(table, shape):
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3, 2), -1), ((3, 7, 2), -1), ((3, 2, 7), 1), ((3, 2, 4, 4), 1)],
+    ids=["features", "tokens", "sequences", "images"],
+)
+def test_sets_with_a_scale_per_channel(table, shape, axis):
     x = torch.full(shape, 4.44)
     with table.at(torch.tensor([900, 500, 100])):
-        snapped = two_decimals(table, "in_channel", 2)(x)
-    by_channel = snapped.movedim(-1 if len(shape) == 3 else 1, 1).flatten(2)[..., 0] if len(shape) > 2 else snapped
+        snapped = two_decimals(table, "in_channel", 2, axis)(x)
+    by_channel = snapped.movedim(axis, 1).unsqueeze(-1).flatten(2)[..., 0]
     assert by_channel[:2].tolist() == [pytest.approx([4, 4], abs=1e-5), pytest.approx([4.4, 4.4], abs=1e-5)]
     assert by_channel[2].tolist() == pytest.approx([1.27, 2.54], abs=1e-5)  # clipped at 127 steps
 

@@ -70,13 +70,13 @@ def test_a_moving_average_keeps_channels_apart():
 
 
 @pytest.mark.parametrize(
-    ("shape", "view"),
-    [((4, 3), (1, 3)), ((4, 5, 3), (1, 1, 3)), ((4, 3, 2, 2), (1, 3, 1, 1))],
-    ids=["features", "tokens", "images"],
+    ("shape", "view", "axis"),
+    [((4, 3), (1, 3), -1), ((4, 5, 3), (1, 1, 3), -1), ((4, 3, 5), (1, 3, 1), 1), ((4, 3, 2, 2), (1, 3, 1, 1), 1)],
+    ids=["features", "tokens", "sequences", "images"],
 )
-def test_rows_are_channels_for_a_grid_per_channel(shape, view):
+def test_rows_are_channels_for_a_grid_per_channel(shape, view, axis):
     channel = torch.arange(3.0).view(view).expand(shape)
-    per_channel = ActQuantizer(QuantSpec(8, axis="in_channel"), StepTable(10, StepGroups()), 3)
+    per_channel = ActQuantizer(QuantSpec(8, axis="in_channel"), StepTable(10, StepGroups()), 3, axis)
     assert [row.unique().tolist() for row in value_rows(per_channel, channel)] == [[0], [1], [2]]
     assert value_rows(ActQuantizer(AFFINE8, StepTable(10, StepGroups())), channel).shape == (1, channel.numel())
 

@@ -153,14 +153,14 @@ def conv_in_after(run, data, stage, **changes):
     ("inputs", "chosen"),
     [
         ("all", slice(None)),
-        ("first", torch.arange(5)),
-        ("stratified", torch.tensor([0, 4, 8, 12, 16])),
-        ("random", torch.randperm(20, generator=torch.Generator().manual_seed(0))[:5]),
+        ("first", torch.arange(3)),
+        ("stratified", torch.tensor([0, 6, 13])),
+        ("random", torch.randperm(20, generator=torch.Generator().manual_seed(0))[:3]),
     ],
     ids=["all", "first", "stratified", "random"],
 )
 def test_ranges_come_from_the_states_that_the_stage_names(run, widening, inputs, chosen):
-    quantizer = conv_in_after(run, widening, ActivationRanges(RangeSpec(batch_size=3), inputs=inputs, samples=5))
+    quantizer = conv_in_after(run, widening, ActivationRanges(RangeSpec(batch_size=2), inputs=inputs, samples=3))
     x = widening.x[chosen]
     assert_act_grid(quantizer, x.min(), x.max())
 
@@ -359,6 +359,38 @@ def test_dropout_is_active_only_where_the_fault_is_asked_for(run, make_network, 
     network = run(with_stages(replace(QUICK, iterations=1), compat=compat)).network
     assert seen == ({True, False} if compat else {False})
     assert not any(m.training for m in network.modules())
+
+
+# Weights taken from another calibration
+
+
+def test_given_weights_are_taken_over_and_stay(run, states):
+    learned = replace(QUICK, learn={"rounding": Learn(0.3), "bias": Learn(0.1)})
+    source = run(replace(BASE, activations=None, stages=(WEIGHTS, learned))).network
+    network, theirs = run(replace(BASE, stages=(ACTS,)), weights_from=source).network, quant_layers(source)
+    for name, layer in quant_layers(network).items():
+        assert layer.frozen and torch.equal(layer.codes, theirs[name].codes), name
+        assert torch.equal(layer.weight, theirs[name].weight), name
+        assert layer.bias is None or torch.equal(layer.bias, theirs[name].bias), name
+    expected = inputs_of(source, "mid.block_1.conv1", states.x, states.t)
+    quantizer = network.mid.block_1.conv1.act_quantizer
+    scale, _ = grid(expected.min(), expected.max(), quantizer.spec)
+    torch.testing.assert_close(quantizer.scale.data, scale, rtol=1e-5, atol=0)  # batches of another size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split_shortcuts": False}, "split at 64, expected .* split at None"),
+        ({"weights": QuantSpec(5, axis="out_channel")}, "expected .* 5 bits"),
+        ({"weights": QuantSpec(4, "signed", "out_channel")}, "expected .* signed"),
+    ],
+    ids=["split", "bits", "kind"],
+)
+def test_given_weights_of_another_structure_are_refused(run, change, message):
+    source = run(replace(BASE, activations=None, stages=(WEIGHTS,))).network
+    with pytest.raises(ValueError, match=message):
+        run(replace(BASE, stages=(ACTS,), **change), weights_from=source)
 
 
 class Counting(Progress):
