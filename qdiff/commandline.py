@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,14 @@ from qdiff.adapters import Adapter
 from qdiff.calibration.runner import Calibration, Progress
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.layers import act_quantizers, quant_layers
-from qdiff.methods import METHODS, MethodOptions, make_recipe
-from qdiff.published import load_published, original_flags, published_recipe, save_published
+from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
+from qdiff.published import (
+    load_published,
+    original_flags,
+    original_softmax_bits,
+    published_recipe,
+    save_published,
+)
 from qdiff.spec import COMPAT, Recipe
 from qdiff.surgery import softmax_spec
 
@@ -32,7 +37,10 @@ logger = logging.getLogger(__name__)
 ORIGINAL_DEFAULTS = {"selector_steps": 1, "per_step": 1024}
 QUANT_MODES = {"qdiff": "q-diffusion", "linear": "nearest"}
 # Flags whose value a recipe file holds.
-HELD_BY_RECIPE = "method cali_batch_size cali_iters cali_iters_a cali_lr cali_p running_stat rounding_start compat"
+HELD_BY_RECIPE = (
+    *("method", "running_stat", "rounding_start", "compat"),
+    *("cali_batch_size", "cali_iters", "cali_iters_a", "cali_lr", "cali_p"),
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -85,8 +93,13 @@ def _bounded(kind: type, low: float, high: float, wanted: str) -> Callable[[str]
 def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> None:
     """--seed, --device, --verbose, --dry_run."""
     group = parser.add_argument_group("run")
-    seeds = whole(0, 2**63 - 1)
-    group.add_argument("--seed", type=seeds, default=seed, required=seed is None, help="every random draw comes from it")
+    group.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=seed,
+        required=seed is None,
+        help="every random draw comes from it",
+    )
     group.add_argument("--device", default=None, help="where to run, e.g. cpu, cuda, cuda:1 (default: a GPU if any)")
     group.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
@@ -107,21 +120,21 @@ def add_quantization_flags(parser: argparse.ArgumentParser, split: bool = True) 
     if split:
         group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
     modes = ", ".join(f"{mode}: {method}" for mode, method in QUANT_MODES.items())
-    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"original name of a method ({modes})")
+    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"methods' original names ({modes})")
     group.add_argument("--method", choices=METHODS, help="calibration method, with its own defaults")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe (YAML) in place of a method")
     group.add_argument("--running_stat", action="store_true", help="moving averages for activation ranges")
     group.add_argument("--rounding_start", choices=("nearest", "gptq"), help="q-diffusion's start (default: nearest)")
-    group.add_argument(
-        "--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=f"reproduce faults: {', '.join(COMPAT)}"
-    )
+    faults = f"reproduce faults of the original: {', '.join(COMPAT)}"
+    group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=faults)
     add_calibration_flags(parser.add_argument_group("calibration"))
 
 
 def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     """The --cali_... flags and what to resume from."""
-    group.add_argument("--cali_st", type=whole(1), help="sampler steps to calibrate on (default: 1, or --method's)")
-    group.add_argument("--cali_n", type=whole(1), help="samples of each of those steps (default: 1024, or --method's)")
+    group.description = "Defaults are those of --quant_mode qdiff; --method and --recipe bring their own."
+    group.add_argument("--cali_st", type=whole(1), help="sampler steps to calibrate on (default: 1)")
+    group.add_argument("--cali_n", type=whole(1), help="samples of each of those steps (default: 1024)")
     group.add_argument("--cali_batch_size", type=whole(1), help="batch of the learned stages (default: 32)")
     group.add_argument("--cali_iters", type=whole(1), help="iterations per unit for weights (default: 20000)")
     group.add_argument("--cali_iters_a", type=whole(1), help="iterations per unit for activations (default: 5000)")
@@ -131,6 +144,13 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cali_ckpt", type=Path, metavar="FILE", help="calibrated checkpoint: ckpt.pth or .safetensors")
     group.add_argument("--resume", action="store_true", help="load --cali_ckpt (meant when --cali_ckpt is given)")
     group.add_argument("--resume_w", action="store_true", help="take weights from --cali_ckpt, calibrate activations")
+
+
+def warn_without_effect(args: argparse.Namespace) -> None:
+    """Say which flags about activations do nothing because --quant_act is missing."""
+    given = [f"--{name}" for name in ("act_bit", "sm_abit", "a_sym") if getattr(args, name)]
+    if args.ptq and not args.quant_act and args.recipe is None and given:
+        logger.warning("%s: no effect without --quant_act, activations stay float", ", ".join(given))
 
 
 def method_options(args: argparse.Namespace) -> MethodOptions:
@@ -169,12 +189,16 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         return make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
     if not args.recipe.is_file():
         raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
-    for name in HELD_BY_RECIPE.split():
+    for name in HELD_BY_RECIPE:
         if getattr(args, name):
             raise ValueError(f"--{name}: the recipe holds it, so say it in {args.recipe}")
     recipe = Recipe.load(args.recipe)
     if args.quant_act and recipe.activations is None:
         raise ValueError(f"--quant_act: contradicts {args.recipe}, which leaves activations float")
+    try:
+        require_stages(recipe)
+    except ValueError as error:
+        raise ValueError(f"{args.recipe}: {error}") from error
     activations, softmax = recipe.activations, recipe.softmax
     if activations is not None:
         activations = _with(activations, bits=args.act_bit, kind="signed" if args.a_sym else None)
@@ -207,6 +231,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def bits_label(recipe: Recipe | None) -> str:
+    """W4A8 and the like, 32 for activations that stay float; "float" for no recipe."""
+    if recipe is None:
+        return "float"
+    return f"W{recipe.weights.bits}A{32 if recipe.activations is None else recipe.activations.bits}"
+
+
 def describe_device(network: nn.Module) -> str:
     """The device a network is on, for people: a GPU's name, or the CPU and its threads."""
     device = next(network.parameters()).device
@@ -232,6 +263,20 @@ class BarProgress(Progress):
         self._bar.close()
 
 
+def new_folder(parent: Path) -> Path:
+    """Create a folder named after date and time in `parent`, with a counter where another run has taken the name."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("%Y-%m-%d-%H-%M-%S")
+    folder, attempt = parent / name, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            attempt += 1
+            folder = parent / f"{name}-{attempt}"
+
+
 def start_log(folder: Path, verbose: bool) -> None:
     """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,8 +298,9 @@ def load_calibrated(
 ) -> tuple[nn.Module, Recipe]:
     """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
 
-    build: makes the float network of the configuration (its weights do not matter). Raises FileNotFoundError, or
-    ValueError naming the flag and the file where they contradict each other, or what is wrong with the file.
+    build: makes the float network of the configuration (its weights do not matter). The recipe is what the network
+    uses: without activations where they stay float. Raises FileNotFoundError, or ValueError naming the flag and the
+    file where they contradict each other, or what is wrong with the file.
     """
     path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
     if not path.is_file():
@@ -266,7 +312,9 @@ def load_calibrated(
     recipe = published_recipe(
         options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split, adapter
     )
-    return load_published(path, build(), adapter, recipe)
+    network, found = load_published(path, build(), adapter, recipe)
+    _check_given_flags(args, path, found, adapter)  # a file of ours brings its own recipe
+    return network, found
 
 
 def _load_native(
@@ -279,27 +327,30 @@ def _load_native(
     for key in expected:
         if config.get(key) != expected[key] and key != "dropout":
             raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
-    _check_native_flags(args, path, found.recipe, activations)
+    recipe = found.recipe
+    if activations and recipe.activations is None:
+        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
     if not activations:
-        logger.warning("%s: weights only, since --quant_act is not given", path)
+        recipe = replace(recipe, activations=None, softmax=None)
         for quantizer in act_quantizers(found.network).values():
             quantizer.enabled = False
-    return found.network, found.recipe
+    _check_given_flags(args, path, recipe, found.adapter)
+    return found.network, recipe
 
 
-def _check_native_flags(args: argparse.Namespace, path: Path, recipe: Recipe, activations: bool) -> None:
-    """A native file knows its own bits and grids: flags may be left out, those given must agree."""
-    acts = recipe.activations
-    if activations and acts is None:
-        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
-    held = [("--weight_bit", args.weight_bit, recipe.weights.bits)]
-    if activations:
-        held += [("--act_bit", args.act_bit, acts.bits), ("--sm_abit", args.sm_abit, softmax_spec(recipe).bits)]
-        held += [("--a_sym", args.a_sym or None, acts.kind == "signed")]
-    held += [("--split", getattr(args, "split", False) or None, recipe.split_shortcuts)]
+def _check_given_flags(args: argparse.Namespace, path: Path, recipe: Recipe, adapter: Adapter) -> None:
+    """A file with its recipe knows its own bits and grids: flags may be left out, those given must agree."""
+    held = [("weight_bit", args.weight_bit, (recipe.weights.bits,))]
+    if recipe.activations is not None:
+        held.append(("act_bit", args.act_bit, (recipe.activations.bits,)))
+        held.append(("sm_abit", args.sm_abit, (softmax_spec(recipe).bits, original_softmax_bits(recipe, adapter))))
+        if args.a_sym and recipe.activations.kind != "signed":
+            raise ValueError(f"--a_sym: contradicts {path}, whose activations are not symmetric")
     for flag, given, has in held:
-        if given is not None and given != has:
-            raise ValueError(f"{flag}{'' if given is True else f' {given}'}: contradicts {path}, which has {has}")
+        if given is not None and given not in has:
+            raise ValueError(f"--{flag} {given}: contradicts {path}, which has {has[0]} bits")
+    if getattr(args, "split", False) and not recipe.split_shortcuts:
+        raise ValueError(f"--split: contradicts {path}, whose shortcuts are not split")
 
 
 def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
@@ -320,11 +371,6 @@ def print_plan(plan: dict[str, Any], recipe: Recipe | None = None) -> None:
     print(yaml.safe_dump(plan, sort_keys=False, width=100), end="")
 
 
-def timestamp() -> str:
-    """The name of a run's folder: date and time."""
-    return time.strftime("%Y-%m-%d-%H-%M-%S")
-
-
 def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run a script's main; a user's mistake becomes one line on standard error and exit code 2."""
     try:
@@ -339,7 +385,9 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
 
 
 def _complain(reason: str) -> int:
-    logger.error(reason)
-    if not logging.getLogger().handlers:
+    """One line on standard error, and in run.log once there is one."""
+    if logging.getLogger().handlers:
+        logger.error(reason)
+    else:
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
     return 2

@@ -38,15 +38,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write tensors and string metadata atomically."""
+    """Write tensors and string metadata atomically; the same content gives the same bytes with one metadata key only,
+    since safetensors writes several in any order."""
     with atomic(path) as temporary:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
 
 
 def save_pickle(content: Any, path: str | Path) -> None:
-    """`torch.save`, atomically."""
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    """`torch.save`, atomically; the same content gives the same bytes."""
+    with atomic(path) as temporary, temporary.open("wb") as file:  # given a path, it would write the name into the file
+        torch.save(content, file)
 
 
 def load_pickle(path: str | Path, what: str) -> Any:

@@ -38,7 +38,7 @@ class Published:
         tensors = content if isinstance(content, dict) else {}
         self.state = {k[len(PREFIX) :]: v for k, v in tensors.items() if k.startswith(PREFIX) and torch.is_tensor(v)}
         if not any(key.endswith("weight_quantizer.delta") for key in self.state):
-            found = f"{len(tensors)} entries such as {next(iter(tensors), None)!r}"
+            found = f"{len(tensors)} entries such as {next(iter(tensors))!r}" if tensors else type(content).__name__
             raise ValueError(
                 f"{path}: expected a Q-Diffusion checkpoint (model.<layer>.weight_quantizer.delta, ...), found {found}"
             )
@@ -297,15 +297,20 @@ def save_published(
 
 
 def original_flags(recipe: Recipe, adapter: Adapter) -> str:
-    """The flags with which the original code reads a file written from this recipe.
+    """The flags with which the original code reads a file written from this recipe."""
+    flags = [f"--weight_bit {recipe.weights.bits}"] + ["--split"] * recipe.split_shortcuts
+    if recipe.activations is not None:
+        flags += [f"--quant_act --act_bit {recipe.activations.bits}"]
+        flags += ["--a_sym"] * (recipe.activations.kind == "signed")
+        flags += [f"--sm_abit {original_softmax_bits(recipe, adapter)}"]
+    return " ".join(flags)
+
+
+def original_softmax_bits(recipe: Recipe, adapter: Adapter) -> int:
+    """The --sm_abit with which the original code reads a file written from this recipe.
 
     An unsigned softmax grid of b bits is the upper half of the original's signed grid of b + 1 bits.
     """
-    flags = [f"--weight_bit {recipe.weights.bits}"] + ["--split"] * recipe.split_shortcuts
-    if recipe.activations is not None:
-        signed = recipe.activations.kind == "signed"
-        softmax = softmax_spec(recipe)
-        half = signed and softmax.kind == "unsigned" and adapter.published_softmax_kind("signed") == "signed"
-        flags += [f"--quant_act --act_bit {recipe.activations.bits}"] + ["--a_sym"] * signed
-        flags += [f"--sm_abit {softmax.bits + half}"]
-    return " ".join(flags)
+    softmax = softmax_spec(recipe)
+    kind = adapter.published_softmax_kind(recipe.activations.kind)
+    return softmax.bits + (kind == "signed" and softmax.kind == "unsigned")

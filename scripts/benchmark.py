@@ -18,7 +18,7 @@ from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipelin
 
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import select
-from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main
+from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main, whole
 from qdiff.evaluation.table import markdown_table
 from qdiff.files import write_text
 from qdiff.methods import MethodOptions, make_recipe
@@ -31,10 +31,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     simulate = commands.add_parser("simulate", help="simulated against float, one network evaluation")
     add_model_flags(simulate)
-    simulate.add_argument("--batch_size", type=int, default=16, help="images at once")
-    simulate.add_argument("--repeats", type=int, default=15, help="timed evaluations of each, in turn")
-    simulate.add_argument("--weight_bit", type=int, default=4, help="bits of weights")
-    simulate.add_argument("--act_bit", type=int, default=8, help="bits of activations")
+    simulate.add_argument("--batch_size", type=whole(1), default=16, help="images at once")
+    simulate.add_argument("--repeats", type=whole(1), default=15, help="timed evaluations of each, in turn")
+    simulate.add_argument("--weight_bit", type=whole(2, 8), default=4, help="bits of weights")
+    simulate.add_argument("--act_bit", type=whole(2, 8), default=8, help="bits of activations")
     simulate.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(simulate)
     return parser.parse_args(argv)
@@ -87,20 +87,19 @@ def simulate(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    for flag, value in (("--batch_size", args.batch_size), ("--repeats", args.repeats)):
-        if value < 1:
-            raise ValueError(f"{flag} {value}: expected at least 1")
     about = {
         "command": args.command,
         "config": str(args.config),
         "device": str(choose_device(args.device)),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "batch_size": args.batch_size,
     }
     if args.dry_run:
         print_plan(about)
         return
+    if args.json is not None:  # a folder that cannot be made is known before the measurement
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     rows = simulate(args)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(markdown_table(rows, COLUMNS))

@@ -42,6 +42,7 @@ from qdiff.commandline import (
     print_plan,
     run_main,
     start_log,
+    whole,
 )
 from qdiff.evaluation.cost import float_bytes, stored_bytes
 from qdiff.evaluation.fidelity import METRIC, fd_cifar10
@@ -77,14 +78,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD[:ITERATIONS]",
         help=f"of {', '.join(METHODS)}; iterations per unit where a method learns",
     )
-    group.add_argument("--weight_bit", type=int, nargs="+", default=[4], help="bits of weights, one run each")
-    group.add_argument("--act_bit", type=int, default=8, help="bits of activations; 32 leaves them float")
-    group.add_argument("--sm_abit", type=int, default=8, help="bits of softmax outputs")
+    group.add_argument("--weight_bit", type=whole(2, 8), nargs="+", default=[4], help="bits of weights, one run each")
+    group.add_argument("--act_bit", type=whole(2, 32), default=8, help="bits of activations; 32 leaves them float")
+    group.add_argument("--sm_abit", type=whole(2, 16), default=8, help="bits of softmax outputs")
     group.add_argument("--a_sym", action="store_true", help="symmetric activations")
     group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
-    group.add_argument("--cali_st", type=int, default=10, help="sampler steps to calibrate on")
-    group.add_argument("--cali_n", type=int, default=16, help="samples of each of those steps")
-    group.add_argument("--n_samples", type=int, default=16, help="images to compare")
+    group.add_argument("--cali_st", type=whole(1), default=10, help="sampler steps to calibrate on")
+    group.add_argument("--cali_n", type=whole(1), default=16, help="samples of each of those steps")
+    group.add_argument("--n_samples", type=whole(2), default=16, help="images to compare")
     group.add_argument("--outdir", type=Path, default=Path("outputs/comparison"), help="output folder")
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -111,8 +112,8 @@ class Entry:
 
 def entries(args: argparse.Namespace) -> list[Entry]:
     """What --methods and --weight_bit ask for. Raises ValueError naming the flag at fault."""
-    if args.n_samples < 2:
-        raise ValueError(f"--n_samples {args.n_samples}: expected at least 2")
+    if 8 < args.act_bit < 32:
+        raise ValueError(f"--act_bit {args.act_bit}: expected 2 to 8, or 32 for float activations")
     options = MethodOptions(
         act_bits=None if args.act_bit == 32 else args.act_bit,
         act_symmetric=args.a_sym,
@@ -124,14 +125,15 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     found = []
     for bits in args.weight_bit:
         for label in args.methods:
-            method, _, iterations = label.partition(":")
-            if iterations and not (iterations.isdigit() and int(iterations) > 0):
-                raise ValueError(f"--methods {label}: expected METHOD or METHOD:ITERATIONS")
+            method, colon, iterations = label.partition(":")
+            if method not in METHODS or colon and not (iterations.isdecimal() and int(iterations) > 0):
+                valid = ", ".join(METHODS)
+                raise ValueError(f"--methods {label}: expected METHOD or METHOD:ITERATIONS, METHOD one of {valid}")
             chosen = replace(options, weight_bits=bits)
             if iterations:  # the two stages of q-diffusion keep their published proportion
                 chosen = replace(chosen, iterations=int(iterations), act_iterations=math.ceil(int(iterations) / 4))
             found.append(Entry(label, method, make_recipe(method, chosen)))
-    return found
+    return list({entry.slug: entry for entry in found}.values())
 
 
 @dataclass
@@ -216,13 +218,15 @@ def write_results(outdir: Path, rows: list[dict], pictures: list[tuple[dict, Ten
 def main(argv: Sequence[str] | None = None) -> None:
     args, started = parse_args(argv), time.monotonic()
     config = read_config(args)
-    pipeline, todo = make_pipeline(args, config), entries(args)
+    pipeline, todo, device = make_pipeline(args, config), entries(args), choose_device(args.device)
+    if args.cali_st > (steps := len(pipeline.timesteps())):
+        raise ValueError(f"--cali_st {args.cali_st}: --timesteps {args.timesteps} makes only {steps} steps")
     if args.dry_run:
         print_plan({**pipeline.describe(), "runs": {entry.slug: entry.recipe.to_dict() for entry in todo}})
         return
     model = load_float_model(args, config)
     start_log(args.outdir, args.verbose)
-    network, size = model.network.to(choose_device(args.device)), config.sampling.batch_size
+    network, size = model.network.to(device), config.sampling.batch_size
     trajectories = record(pipeline, network, args.cali_n, size)
     sampling = time.monotonic()
     reference = sample_images(pipeline, network, args.n_samples, size, "float images")

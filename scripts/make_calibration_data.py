@@ -31,7 +31,7 @@ from qdiff.calibration.trajectories import (
     shard_path,
     shard_provenance,
 )
-from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main, start_log
+from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main, start_log, whole
 from qdiff.files import save_pickle
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def parse_args(argv: Sequence[str] | None):
     add_model_flags(parser)
     add_sampling_flags(parser, timesteps=100)
     group = parser.add_argument_group("calibration data")
-    group.add_argument("--n_samples", type=int, default=256, help="number of seeds")
-    group.add_argument("--batch_size", type=int, default=64, help="seeds sampled at once; one shard each")
+    group.add_argument("--n_samples", type=whole(1), default=256, help="number of seeds")
+    group.add_argument("--batch_size", type=whole(1), default=64, help="seeds sampled at once; one shard each")
     group.add_argument("--out", type=Path, required=True, help="folder for shards, or a .pt file")
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -52,11 +52,10 @@ def parse_args(argv: Sequence[str] | None):
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     config = read_config(args)
-    pipeline = make_pipeline(args, config)
-    for flag, value in (("--n_samples", args.n_samples), ("--batch_size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{flag} {value}: expected at least 1")
+    pipeline, device = make_pipeline(args, config), choose_device(args.device)
     one_file = args.out.suffix in (".pt", ".pth")
+    if one_file and args.out.exists():
+        raise FileExistsError(f"--out {args.out}: exists already; remove it, or choose another name")
     folder = args.out.with_name(f".{args.out.name}.parts") if one_file else args.out
     plan = {"config": str(args.config), **pipeline.describe(), "n_samples": args.n_samples, "out": str(args.out)}
     if args.dry_run:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     provenance |= model.describe() | {"batch_size": args.batch_size, "n_samples": args.n_samples}
     todo = unfinished(folder, provenance, list(batches(FIRST_CALIBRATION_IMAGE, args.n_samples, args.batch_size)))
     start_log(folder, args.verbose)
-    network = model.network.to(choose_device(args.device))
+    network = model.network.to(device)
     for batch, part in record_batches(pipeline, network, list(todo)):
         save_shard(part, shard_path(folder, todo[batch]), provenance)
         logger.info("%s: %d samples, %d steps", shard_path(folder, todo[batch]).name, part.samples, part.steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,10 +17,36 @@ from ddim.pretrained import build_network, load_config, load_pretrained, load_st
 from ddim.samplers import SAMPLERS
 from qdiff.adapters import adapter_for
 from qdiff.calibration.trajectories import Recorder, Trajectories, concatenate
+from qdiff.commandline import number, whole
 
 ADAPTER = adapter_for("ddim")
 # Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
 FIRST_CALIBRATION_IMAGE = 2**31
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
+# What the values of a configuration must be, where it has them.
+CONFIG_VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("data.image_size", "data.channels"), ("a whole number", _whole)),
+    **dict.fromkeys(("model.in_channels", "model.out_ch", "model.ch"), ("a whole number", _whole)),
+    "model.num_res_blocks": ("a whole number", _whole),
+    **dict.fromkeys(("model.ch_mult", "model.attn_resolutions"), ("a list of whole numbers", _sizes)),
+    "model.dropout": ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
+    **dict.fromkeys(("diffusion.beta_start", "diffusion.beta_end"), ("a number", _number)),
+    "diffusion.num_diffusion_timesteps": ("a whole number", _whole),
+    "sampling.batch_size": ("a whole number", _whole),
+}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--config", type=Path, required=True, help="model configuration, e.g. configs/cifar10.yml")
     group.add_argument("--use_pretrained", action="store_true", help="use the weights that the configuration names")
-    group.add_argument("--ckpt", type=Path, default=None, help="float weights of your own for this configuration")
+    group.add_argument("--ckpt", type=Path, default=None, help="float weights of your own, instead of those")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, timesteps: int = 1000, skip_type: str = "uniform") -> None:
@@ -36,8 +62,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, timesteps: int = 1000, s
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample_type", choices=list(SAMPLERS), default="generalized", help="sampler")
     group.add_argument("--skip_type", choices=("uniform", "quad"), default=skip_type, help="spacing of the timesteps")
-    group.add_argument("--timesteps", type=int, default=timesteps, help="sampler steps")
-    group.add_argument("--eta", type=float, default=0.0, help="share of DDPM noise, 0 (DDIM) to 1")
+    group.add_argument("--timesteps", type=whole(1), default=timesteps, help="sampler steps")
+    group.add_argument("--eta", type=number(0, 1), default=0.0, help="share of DDPM noise, 0 (DDIM) to 1")
 
 
 @dataclass(frozen=True)
@@ -65,20 +91,38 @@ def load_float_model(args: argparse.Namespace, config: DictConfig) -> FloatModel
 
 
 def make_pipeline(args: argparse.Namespace, config: DictConfig) -> Pipeline:
-    """The sampling pipeline the flags ask for."""
-    return Pipeline.from_config(
-        config,
-        sampler=args.sample_type,
-        steps=args.timesteps,
-        skip_type=args.skip_type,
-        eta=args.eta,
-        seed=args.seed,
-    )
+    """The sampling pipeline the flags ask for. Raises ValueError naming --timesteps where the model has fewer."""
+    trained = config.diffusion.num_diffusion_timesteps
+    if args.timesteps > trained:
+        raise ValueError(f"--timesteps {args.timesteps}: expected at most {trained}, the timesteps of {args.config}")
+    options = {"steps": args.timesteps, "skip_type": args.skip_type, "eta": args.eta, "seed": args.seed}
+    try:
+        return Pipeline.from_config(config, sampler=args.sample_type, **options)
+    except ValueError as error:  # of the noise schedule: parsing has checked the flags
+        raise ValueError(f"{args.config}: {error}") from error
 
 
 def read_config(args: argparse.Namespace) -> DictConfig:
-    """The configuration that --config names."""
-    return load_config(args.config)
+    """The configuration that --config names. Raises what `load_config` raises, and ValueError naming a wrong value."""
+    config = load_config(args.config)
+    plain = OmegaConf.to_container(config, resolve=True)
+    for name, (wanted, fits) in CONFIG_VALUES.items():
+        section, key = name.split(".")
+        if key in plain[section] and not fits(plain[section][key]):
+            raise ValueError(f"{args.config}: {name}: expected {wanted}, found {plain[section][key]!r}")
+    channels = {plain["data"]["channels"], plain["model"]["in_channels"], plain["model"]["out_ch"]}
+    if len(channels) > 1:
+        found = ", ".join(map(str, sorted(channels)))
+        names = "data.channels, model.in_channels, model.out_ch"
+        raise ValueError(f"{args.config}: {names}: expected the same number, found {found}")
+    if not isinstance(plain.get("pretrained", ""), str | None):
+        raise ValueError(f"{args.config}: pretrained: expected a name or a path, found {plain['pretrained']!r}")
+    try:
+        with torch.device("meta"):
+            build_network(config)
+    except ValueError as error:
+        raise ValueError(f"{args.config}: {error}") from error
+    return config
 
 
 def batches(first: int, count: int, size: int) -> Iterator[range]:

@@ -8,9 +8,10 @@ Takes the command lines of the Q-Diffusion repository. Writes <logdir>/samples/<
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,27 +33,33 @@ from torch import nn
 from ddim.images import save_png
 from ddim.pipeline import Pipeline
 from ddim.pretrained import build_network
-from qdiff.calibration.runner import Calibration, calibrate
+from qdiff.calibration.runner import Calibration, calibrate, take_weights
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import Trajectories, load_trajectories
 from qdiff.commandline import (
     BarProgress,
     add_quantization_flags,
     add_run_flags,
+    bits_label,
     choose_device,
     chosen_recipe,
     load_calibrated,
     make_parser,
+    new_folder,
     print_plan,
     run_main,
     start_log,
-    timestamp,
+    warn_without_effect,
+    whole,
     write_calibrated,
 )
 from qdiff.methods import for_given_weights
 from qdiff.spec import Recipe
+from qdiff.surgery import insert_quantizers
 
 logger = logging.getLogger(__name__)
+# Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
+QUANTIZING = ("cali_ckpt", "recipe", "method", "resume", "resume_w", "quant_act", "weight_bit")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_sampling_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-l", "--logdir", default="none", help="output folder; none means outputs/ddim")
-    group.add_argument("--max_images", type=int, default=50000, help="number of images")
+    group.add_argument("--max_images", type=whole(1), default=50000, help="number of images")
     group.add_argument("--sequence", action="store_true", help="also keep the sampling sequence of the first batch")
     group.add_argument("--cond", action="store_true", help="no effect: these models are unconditional")
     add_quantization_flags(parser)
@@ -71,11 +78,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. `recipe` is None when nothing is calibrated; `loads` is the checkpoint that is resumed."""
+    """What a run will do. `recipe` is None when nothing is calibrated; `loads` is the checkpoint that is resumed;
+    `folder` becomes the run's own, named after date and time, when the run starts."""
 
     args: argparse.Namespace
     config: DictConfig
     pipeline: Pipeline
+    device: torch.device
     recipe: Recipe | None
     loads: Path | None
     folder: Path
@@ -86,36 +95,40 @@ class Plan:
             "config": str(self.args.config),
             "images": self.args.max_images,
             **self.pipeline.describe(),
-            "device": str(choose_device(self.args.device)),
+            "device": str(self.device),
             "calibrated_checkpoint": None if self.args.cali_ckpt is None else str(self.args.cali_ckpt),
             "calibration_data": None if self.recipe is None else str(self.args.cali_data_path or "made by this run"),
-            "folder": str(self.folder),
+            "folder": str(self.folder / "<date-time>"),
         }
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the flags against one another and turn them into a plan. Raises ValueError naming the flag at fault."""
     config = read_config(args)
-    if args.max_images < 1:
-        raise ValueError(f"--max_images {args.max_images}: expected at least 1")
+    for flag in QUANTIZING:
+        if not args.ptq and getattr(args, flag):
+            raise ValueError(f"--{flag}: quantizes, so it needs --ptq")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume, --resume_w: one loads everything, the other the weights; give one of them")
     if (args.resume or args.resume_w) and args.cali_ckpt is None:
         raise ValueError(f"--resume{'_w' * args.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
     if args.resume_w and not args.quant_act:
         raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
-    if not args.ptq and (args.cali_ckpt is not None or args.recipe is not None or args.method is not None):
-        raise ValueError("--cali_ckpt, --recipe and --method quantize: give --ptq with them")
     calibrates = args.ptq and (args.cali_ckpt is None or args.resume_w)
     recipe = chosen_recipe(args) if args.ptq else None
     if args.resume_w:
         recipe = for_given_weights(recipe)
-    logdir = Path("outputs/ddim" if args.logdir == "none" else args.logdir)
+    pipeline = make_pipeline(args, config)
+    if calibrates and args.cali_data_path is None and recipe.selector.steps > (steps := len(pipeline.timesteps())):
+        raise ValueError(f"--cali_st {recipe.selector.steps}: --timesteps {args.timesteps} makes only {steps} steps")
     return Plan(
         args,
         config,
-        make_pipeline(args, config),
+        pipeline,
+        choose_device(args.device),
         recipe if calibrates else None,
         args.cali_ckpt if args.ptq and not calibrates else None,
-        logdir / "samples" / timestamp(),
+        Path("outputs/ddim" if args.logdir == "none" else args.logdir) / "samples",
     )
 
 
@@ -133,7 +146,7 @@ def calibrated(
 ) -> nn.Module:
     """Calibrate the float model by the plan's recipe and write both checkpoints."""
     args, recipe = plan.args, plan.recipe
-    network = model.network.to(choose_device(args.device))
+    network = model.network.to(plan.device)
     if trajectories is None:
         trajectories = record(plan.pipeline, network, recipe.selector.per_step, plan.config.sampling.batch_size)
     run: Calibration = calibrate(
@@ -171,26 +184,46 @@ def sample(plan: Plan, network: nn.Module) -> None:
             save_png(((state + 1) / 2).clamp(0, 1), plan.folder / "sequence" / f"{index}_{step:04d}.png")
 
 
+def check_structure(plan: Plan, model: FloatModel, weights: nn.Module | None) -> None:
+    """Raise ValueError where the recipe or the given weights do not fit the network, before the work begins."""
+    network = insert_quantizers(copy.deepcopy(model.network), plan.recipe, ADAPTER, plan.pipeline.timesteps())
+    if weights is None:
+        return
+    try:
+        take_weights(network, weights)
+    except ValueError as error:
+        reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
+        raise ValueError(f"--resume_w {plan.args.cali_ckpt}: {reason}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     plan = make_plan(args)
     if args.dry_run:
         print_plan(plan.describe(), plan.recipe)
         return
-    loaded = None
-    if args.ptq and args.cali_ckpt is not None:  # before anything is written, so that a bad file leaves no trace
-        loaded, _ = load_calibrated(args, lambda: build_network(plan.config), ADAPTER)
+    # Whatever can fail is read before anything is written, so that a bad file leaves no trace.
+    loaded, loaded_recipe = None, None
+    if args.ptq and args.cali_ckpt is not None:
+        loaded, loaded_recipe = load_calibrated(args, lambda: build_network(plan.config), ADAPTER)
     model = load_float_model(args, plan.config) if plan.loads is None else None
-    trajectories = calibration_data(plan) if plan.recipe is not None else None
+    trajectories = None
+    if plan.recipe is not None:
+        trajectories = calibration_data(plan)
+        check_structure(plan, model, loaded)
+    plan = replace(plan, folder=new_folder(plan.folder))
     start_log(plan.folder, args.verbose)
+    label = bits_label(plan.recipe or loaded_recipe)
+    logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
     if args.cond:
         logger.warning("--cond: no effect, pixel models are unconditional")
+    warn_without_effect(args)
     if plan.recipe is not None:
         network = calibrated(plan, model, trajectories, loaded)
     else:
         network = loaded if loaded is not None else model.network
-    sample(plan, network.to(choose_device(args.device)))
-    print(f"{args.max_images} images in {plan.folder / 'img'}")
+    sample(plan, network.to(plan.device))
+    print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,33 +84,56 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def save_shard(trajectories: Trajectories, path: Path, provenance: dict) -> None:
-    """Write one native shard atomically, provenance as JSON in its metadata."""
+    """Write one native shard atomically, format and provenance as JSON in its metadata under "qdiff"."""
     tensors = {"xs": torch.stack(trajectories.xs), "ts": torch.stack(trajectories.ts)}
     tensors |= {key: torch.stack(column) for key, column in trajectories.extra.items()}
-    save_safetensors(tensors, path, {"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)})
+    about = {"format": FORMAT, "provenance": provenance}
+    save_safetensors(tensors, path, {"qdiff": json.dumps(about, sort_keys=True)})
 
 
 def shard_provenance(path: Path) -> dict:
     """The provenance a shard was written with. Raises ValueError naming a file that is not a shard."""
-    with _open_shard(path) as shard:
-        return json.loads(shard.metadata()["provenance"])
-
-
-def _open_shard(path: Path):
     try:
-        shard = safe_open(path, "pt")
-        found = (shard.metadata() or {}).get("format")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, "pt") as shard:
+            about = json.loads((shard.metadata() or {}).get("qdiff", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable trajectory shard: {error}") from error
-    if found != FORMAT:
-        raise ValueError(f"{path}: expected a trajectory shard ({FORMAT}), found {found or 'another safetensors file'}")
-    return shard
+    about = about if isinstance(about, dict) else {}
+    if about.get("format") != FORMAT or not isinstance(about.get("provenance"), dict):
+        found = about.get("format") or "another safetensors file"
+        raise ValueError(f"{path}: expected a trajectory shard ({FORMAT}), found {found}")
+    return about["provenance"]
 
 
 def _load_shard(path: Path) -> Trajectories:
-    with _open_shard(path) as shard:
-        columns = {key: tuple(shard.get_tensor(key).unbind(0)) for key in shard.keys()}  # noqa: SIM118
-    return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
+    shard_provenance(path)
+    with safe_open(path, "pt") as shard:
+        content = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    return _checked(content, path)
+
+
+def _load_folder(path: Path) -> Trajectories:
+    shards = sorted(path.glob("shard_*.safetensors"))
+    if not shards:
+        raise FileNotFoundError(f"{path}: expected shard_*.safetensors files of calibration data, found none")
+    origin = _origin(shards[0])
+    for shard in shards[1:]:
+        if _origin(shard) != origin:
+            raise ValueError(f"{shard}: expected calibration data made like {shards[0].name}, found other settings")
+    try:
+        found = concatenate(_load_shard(shard) for shard in shards)
+    except RuntimeError as error:  # shards without provenance may differ in anything
+        raise ValueError(f"{path}: its shards do not fit together: {error}") from error
+    expected = origin.get("n_samples", found.samples)
+    if found.samples != expected:
+        reason = "was the recording interrupted? The same command goes on with it"
+        raise ValueError(f"{path}: expected {expected} samples of calibration data, found {found.samples}; {reason}")
+    return found
+
+
+def _origin(path: Path) -> dict:
+    """A shard's provenance without what tells it from the other shards."""
+    return {key: value for key, value in shard_provenance(path).items() if key not in ("shard", "samples")}
 
 
 def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = None) -> Trajectories:
@@ -120,10 +144,7 @@ def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = Non
     """
     path = Path(path)
     if path.is_dir():
-        shards = sorted(path.glob("shard_*.safetensors"))
-        if not shards:
-            raise FileNotFoundError(f"{path}: expected shard_*.safetensors files of calibration data, found none")
-        found = concatenate(_load_shard(shard) for shard in shards)
+        found = _load_folder(path)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such calibration data")
     else:
@@ -136,20 +157,35 @@ def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = Non
 
 
 def _load_original(path: Path) -> Trajectories:
-    content = load_pickle(path, "calibration data")
+    content = load_pickle(path, "file of calibration data")
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: Path) -> Trajectories:
+    """A file's columns as trajectories. Raises ValueError naming the file, what was expected and what was found."""
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         found = sorted(map(str, content))[:4] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected calibration data with xs and ts, found {found}")
-    columns = {key: tuple(content[key]) for key in ("xs", "ts", "cs", "ucs") if key in content}
+    columns = {key: _steps(content[key], key, path) for key in ("xs", "ts", "cs", "ucs") if key in content}
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) != 1 or not columns["xs"]:
         raise ValueError(f"{path}: expected as many steps in every column, found {lengths}")
     for x, t in zip(columns["xs"], columns["ts"], strict=True):
-        if x.dim() != 4 or t.shape != x.shape[:1]:
+        if x.dim() != 4 or not len(x) or t.shape != x.shape[:1]:
             raise ValueError(
                 f"{path}: expected xs [N, C, H, W] and ts [N], found {tuple(x.shape)} and {tuple(t.shape)}"
             )
+        if not (x.isfinite().all() and t.isfinite().all()):
+            raise ValueError(f"{path}: expected finite calibration states, found infinite or undefined values")
     return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
+
+
+def _steps(column: Any, key: str, path: Path) -> tuple[Tensor, ...]:
+    """A list of tensors, or a stacked one, as a tuple."""
+    steps = column.unbind(0) if torch.is_tensor(column) and column.dim() else column
+    if not isinstance(steps, (list, tuple)) or not all(torch.is_tensor(step) for step in steps):
+        raise ValueError(f"{path}: expected {key} to be a list of tensors or one stacked tensor, found something else")
+    return tuple(steps)
 
 
 def original_layout(trajectories: Trajectories) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from qdiff.methods import gptq, nearest, q_diffusion, quick
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Compensate, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import STAGES, ActivationRanges, Compensate, Recipe, Reconstruct, WeightRanges
 
 METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
     "nearest": nearest.recipe,
@@ -37,4 +37,21 @@ def for_given_weights(recipe: Recipe) -> Recipe:
     return replace(recipe, stages=tuple(stages))
 
 
-__all__ = ["METHODS", "MethodOptions", "for_given_weights", "make_recipe"]
+def require_stages(recipe: Recipe) -> None:
+    """Raise ValueError where the stages, in their order, cannot calibrate all that the recipe quantizes."""
+    names = {kind: name for name, kind in STAGES.items()}
+    kinds = [type(stage) for stage in recipe.stages]
+    activations = recipe.activations is not None
+    for kind in [WeightRanges] + [ActivationRanges] * activations:
+        if kind not in kinds:
+            raise ValueError(f"stages: expected {names[kind]} among them, found {[names[k] for k in kinds]}")
+    for i, stage in enumerate(recipe.stages):
+        learned = stage.learn if isinstance(stage, Reconstruct) else {}
+        needs = [WeightRanges] * (isinstance(stage, Compensate) or "rounding" in learned)
+        needs += [ActivationRanges] * (activations and "scale" in learned)
+        for kind in needs:
+            if kind not in kinds[:i]:
+                raise ValueError(f"stages[{i}]: expected {names[kind]} before {names[kinds[i]]}")
+
+
+__all__ = ["METHODS", "MethodOptions", "for_given_weights", "make_recipe", "require_stages"]

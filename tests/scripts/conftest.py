@@ -1,0 +1,102 @@
+"""The scripts run as a user runs them: a tiny model with random weights, from a folder that is not the repository's."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "scripts")]
+
+from running import call, only_run, passed  # noqa: E402
+
+from ddim.pretrained import build_network, load_config  # noqa: E402
+
+CONFIG = """
+pretrained: tiny.safetensors
+data: {dataset: CIFAR10, image_size: 16, channels: 3, rescaled: true}
+model:
+  type: simple
+  in_channels: 3
+  out_ch: 3
+  ch: 32
+  ch_mult: [1, 2]
+  num_res_blocks: 1
+  attn_resolutions: [8]
+  dropout: 0.1
+  resamp_with_conv: true
+diffusion: {beta_schedule: linear, beta_start: 0.0001, beta_end: 0.02, num_diffusion_timesteps: 1000}
+sampling: {batch_size: 2}
+"""
+# Flags that many tests give: four bits and eight, a method that takes a second, data that the run makes itself.
+W4A8 = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 8, "--a_sym", "--split")
+QUICK = ("--method", "quick", "--cali_iters", 2, "--cali_st", 4, "--cali_n", 3)
+NEAREST = ("--method", "nearest", "--cali_st", 2, "--cali_n", 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Like the processes that tests start: for networks this small several threads only cost time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The current folder is neither the repository nor the model's."""
+    monkeypatch.chdir(tmp_path)
+
+
+def make_model(folder: Path, config_text: str) -> SimpleNamespace:
+    """config and weights of a model with random weights; flags: `model`, and `sampling` for 3 images of 4 steps."""
+    config, weights = folder / "tiny.yml", folder / "tiny.safetensors"
+    config.write_text(config_text)
+    save_file(build_network(load_config(config), seed=3).state_dict(), weights)
+    model = ("--config", config, "--use_pretrained")
+    sampling = (*model, "--timesteps", 4, "--max_images", 3)
+    return SimpleNamespace(config=config, weights=weights, model=model, sampling=sampling)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The model that nearly all tests use: 16 pixels, 0.7 M parameters."""
+    model = make_model(tmp_path_factory.mktemp("model"), CONFIG)
+    return SimpleNamespace(**vars(model), w4a8=W4A8, quick=QUICK, nearest=NEAREST)
+
+
+@pytest.fixture(scope="session")
+def tiny32(tmp_path_factory):
+    """Its likeness with 32 pixels, of which the Fréchet distance can be taken."""
+    return make_model(tmp_path_factory.mktemp("model32"), CONFIG.replace("image_size: 16", "image_size: 32"))
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny, tmp_path_factory):
+    """A run of sample_diffusion_ddim.py that calibrates W4A8: its Result and its folder."""
+    logdir = tmp_path_factory.mktemp("calibrated")
+    result = passed(call("sample_diffusion_ddim", *tiny.sampling, *W4A8, *QUICK, "-l", logdir))
+    return SimpleNamespace(result=result, folder=only_run(logdir))
+
+
+@pytest.fixture(scope="session")
+def published(calibrated, tmp_path_factory):
+    """Its ckpt.pth as the original code would have written it, without our recipe: `both`, and `weights` alone."""
+    state = torch.load(calibrated.folder / "ckpt.pth", weights_only=True)
+    folder = tmp_path_factory.mktemp("published")
+    torch.save(dict(state), folder / "both.pth")
+    torch.save({key: value for key, value in state.items() if "act_quantizer" not in key}, folder / "weights.pth")
+    return SimpleNamespace(both=folder / "both.pth", weights=folder / "weights.pth")
+
+
+@pytest.fixture(scope="session")
+def data(tiny, tmp_path_factory):
+    """Five float samples of four steps: a folder of three shards, and the original's one file."""
+    folder = tmp_path_factory.mktemp("data")
+    flags = (*tiny.model, "--timesteps", 4, "--n_samples", 5, "--batch_size", 2)
+    for out in (folder / "shards", folder / "data.pt"):
+        passed(call("make_calibration_data", *flags, "--out", out))
+    return SimpleNamespace(shards=folder / "shards", file=folder / "data.pt", flags=flags)

@@ -1,0 +1,473 @@
+"""What a user may get wrong with sample_diffusion_ddim.py: exit code 2, one line that says what, and no file."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from running import call, launch, refused, tree
+from safetensors.torch import load_file, save_file
+
+SAMPLE = "sample_diffusion_ddim"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "ddim_split_w4a8_sym"
+
+
+class Foreign:
+    """Stands for any object a pickle may bring along."""
+
+
+@pytest.fixture
+def fails(tiny, tmp_path):
+    """(*flags, names=parts, model=flags): the run is refused with a line that names `parts`, and leaves nothing."""
+
+    def check(*flags, names=(), model=None):
+        before = tree(tmp_path)
+        result = call(SAMPLE, *(tiny.sampling if model is None else model), *flags, "-l", tmp_path / "out")
+        line = refused(result, *names)
+        assert tree(tmp_path) == before
+        return line
+
+    return check
+
+
+def shorten(source, path, share):
+    """Write the first part of a file: all but one byte with share 1."""
+    content = source.read_bytes()
+    path.write_bytes(content[: min(int(share * len(content)), len(content) - 1)])
+    return path
+
+
+# Flags alone
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--timesteps", 0), ("--timesteps", "at least 1", "'0'")),
+        (("--timesteps", 2000), ("--timesteps 2000", "at most 1000", "tiny.yml")),
+        (("--timesteps", "many"), ("--timesteps", "'many'")),
+        (("--max_images", 0), ("--max_images", "at least 1", "'0'")),
+        (("--max_images", -1), ("--max_images", "'-1'")),
+        (("--max_images", 1.5), ("--max_images", "whole number", "'1.5'")),
+        (("--eta", 2), ("--eta", "from 0 to 1", "'2'")),
+        (("--eta", "nan"), ("--eta", "'nan'")),
+        (("--seed", -1), ("--seed", "'-1'")),
+        (("--seed", 2**64), ("--seed", str(2**64))),
+        (("--skip_type", "cubic"), ("--skip_type", "uniform", "quad", "cubic")),
+        (("--sample_type", "plms"), ("--sample_type", "generalized", "dpm_solver", "plms")),
+        (("--device", "nonsense"), ("--device nonsense", "cpu")),
+        (("--device", "meta"), ("--device meta",)),
+        (("--resume",), ("--resume", "needs --ptq")),
+        (("--ptq", "--resume"), ("--resume", "--cali_ckpt")),
+        (("--ptq", "--resume_w", "--quant_act"), ("--resume_w", "--cali_ckpt")),
+        (("--weight_bit", 4), ("--weight_bit", "--ptq")),
+        (("--quant_act",), ("--quant_act", "--ptq")),
+        (("--method", "quick"), ("--method", "--ptq")),
+        (("--cali_ckpt", "ckpt.pth"), ("--cali_ckpt", "--ptq")),
+        (("--ptq", "--method", "magic"), ("--method", "nearest", "q-diffusion", "magic")),
+        (("--ptq", "--quant_mode", "magic"), ("--quant_mode", "qdiff", "magic")),
+        (("--ptq", "--compat", "magic"), ("--compat", "train_mode", "magic")),
+        (("--ptq", "--cali_iters", 0), ("--cali_iters", "at least 1", "'0'")),
+        (("--ptq", "--cali_iters_a", 0), ("--cali_iters_a", "at least 1", "'0'")),
+        (("--ptq", "--cali_batch_size", 0), ("--cali_batch_size", "at least 1")),
+        (("--ptq", "--cali_n", 0), ("--cali_n", "at least 1")),
+        (("--ptq", "--cali_st", 0), ("--cali_st", "at least 1")),
+        (("--ptq", "--cali_st", 9), ("--cali_st 9", "--timesteps 4", "4 steps")),
+        (("--ptq", "--cali_lr", 0), ("--cali_lr", "'0'")),
+        (("--ptq", "--cali_p", "x"), ("--cali_p", "'x'")),
+        (("--ptq", "--ckpt", "nope.pt", "--cali_st", 2), ("nope.pt", "no such")),
+        (("--weight_bits", 4), ("--weight_bits",)),
+        (("--time", 4), ("--time",)),
+        (("surplus",), ("surplus",)),
+        (("--max_images",), ("--max_images", "expected one argument")),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",
+)
+def test_flags(fails, flags, names):
+    if flags == ("--max_images",):
+        flags = ("--max_images", "--ptq")
+    fails(*flags, names=names)
+
+
+@pytest.mark.parametrize("bits", [1, 0, 9, 17, -4, "four"])
+@pytest.mark.parametrize("flag", ["--weight_bit", "--act_bit", "--sm_abit"])
+def test_bit_widths(fails, flag, bits):
+    if flag == "--sm_abit" and bits == 9:
+        bits = 32
+    fails("--ptq", "--quant_act", flag, bits, names=(flag, "from 2 to", repr(str(bits))))
+
+
+def test_nothing_and_help_in_a_process_of_its_own(tmp_path):
+    refused(launch(SAMPLE, cwd=tmp_path), "--config", "required")
+    result = launch(SAMPLE, "--help", cwd=tmp_path)
+    assert result.code == 0 and result.err == ""
+    assert tree(tmp_path) == {}
+
+
+def test_a_mistake_in_a_process_of_its_own(tiny, tmp_path):
+    """One line there too, where no test has touched the logging."""
+    result = launch(SAMPLE, *tiny.sampling, "--ckpt", "nope.pt", "-l", "out", cwd=tmp_path)
+    assert result.err == "sample_diffusion_ddim.py: error: nope.pt: no such checkpoint\n" and result.code == 2
+    assert tree(tmp_path) == {}
+
+
+def test_verbose_shows_where_it_went_wrong(tiny):
+    result = call(SAMPLE, *tiny.sampling, "--ckpt", "nope.pt", "--verbose")
+    assert result.code == 2 and result.err.count("sample_diffusion_ddim.py: error: nope.pt") == 1
+
+
+# The configuration and the float weights
+
+
+def test_no_configuration(fails, tmp_path):
+    fails(model=("--config", "nope.yml", "--use_pretrained"), names=("nope.yml", "no such"))
+    fails(model=("--config", tmp_path, "--use_pretrained"), names=(tmp_path, "no such"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("ch: 32", "ch: wide", ("model.ch", "whole number", "'wide'")),
+        ("ch: 32", "ch: 33", ("multiple of 32", "33")),
+        ("ch: 32", "ch: 64", ("tiny.safetensors", "does not fit", "conv_in.bias")),
+        ("ch_mult: [1, 2]", "ch_mult: 2", ("model.ch_mult", "list", "2")),
+        ("ch_mult: [1, 2]", "ch_mult: []", ("ch_mult",)),
+        ("image_size: 16", "image_size: 15", ("image_size", "15")),
+        ("image_size: 16", "image_size: '16'", ("data.image_size", "'16'")),
+        ("channels: 3, r", "channels: 1, r", ("data.channels", "model.in_channels", "1, 3")),
+        ("batch_size: 2", "batch_size: 0", ("sampling.batch_size", "0")),
+        ("batch_size: 2", "size: 2", ("sampling.batch_size", "missing")),
+        ("dropout: 0.1", "dropout: 7", ("model.dropout", "7")),
+        ("num_diffusion_timesteps: 1000", "num_diffusion_timesteps: -1", ("num_diffusion_timesteps", "-1")),
+        ("beta_start: 0.0001", "beta_start: -3", ("betas", "-3")),
+        ("beta_schedule: linear", "beta_schedule: steep", ("linear", "'steep'")),
+        ("sampling: {", "samples: {", ("missing section sampling",)),
+        ("pretrained: tiny.safetensors", "pretrained: nope.ckpt", ("nope.ckpt", "not found", "ema_cifar10")),
+        ("pretrained: tiny.safetensors", "pretrained: 5", ("pretrained", "5")),
+        ("pretrained: tiny.safetensors", "", ("pretrained",)),
+        ("rescaled: true", "rescaled: false", ("rescaled",)),
+        ("model:", "model: [", ("not valid YAML",)),
+    ],
+    ids=lambda value: value.strip("{: [") if isinstance(value, str) else "",
+)
+def test_a_wrong_configuration(tiny, fails, tmp_path, old, new, names):
+    text = tiny.config.read_text()
+    assert old in text
+    (tmp_path / "wrong.yml").write_text(text.replace(old, new))
+    shutil.copy(tiny.weights, tmp_path)
+    line = fails(model=("--config", "wrong.yml", "--use_pretrained", "--timesteps", 4), names=names)
+    assert "wrong.yml" in line or "tiny.safetensors" in line or "nope.ckpt" in line
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "words", "\x00"], ids=["empty", "list", "words", "binary"])
+def test_a_file_that_is_no_configuration(fails, tmp_path, content):
+    (tmp_path / "wrong.yml").write_text(content)
+    fails(model=("--config", "wrong.yml", "--use_pretrained"), names=("wrong.yml",))
+
+
+def test_no_weights_asked_for(tiny, fails):
+    fails(model=("--config", tiny.config), names=("--use_pretrained", "--ckpt"))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_truncated_weights(tiny, fails, tmp_path, form, share):
+    whole, path = tmp_path / f"whole.{form}", tmp_path / f"cut.{form}"
+    save_file(load_file(tiny.weights), whole) if form == "safetensors" else torch.save(load_file(tiny.weights), whole)
+    shorten(whole, path, share)
+    fails("--ckpt", path, names=(path, "not a readable checkpoint"))
+
+
+@pytest.mark.parametrize("beside", [(), ("--ptq", "--method", "nearest", "--cali_st", 2, "--cali_n", 2)])
+def test_weights_of_another_architecture(fails, beside):
+    path = GOLDEN / "fp.safetensors"
+    fails("--ckpt", path, *beside, names=(path, "does not fit", "expected [64", "found [32"))
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(2)], Foreign()], ids=["numbers", "list", "foreign"])
+def test_weights_that_are_none(fails, tmp_path, content):
+    torch.save(content, tmp_path / "a.ckpt")
+    line = fails("--ckpt", "a.ckpt", names=("a.ckpt",))
+    assert "Foreign" in line or not isinstance(content, Foreign)
+
+
+# The calibrated checkpoint
+
+
+def test_no_calibrated_checkpoint(tiny, fails, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("nope.pth", "nope.safetensors", "folder"):
+        fails(*tiny.w4a8, "--cali_ckpt", name, names=(f"--cali_ckpt {name}", "no such file"))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+@pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+def test_a_truncated_calibrated_checkpoint(tiny, fails, calibrated, tmp_path, name, share):
+    path = shorten(calibrated.folder / name, tmp_path / name, share)
+    fails(*tiny.w4a8, "--cali_ckpt", path, names=(path, "not a readable"))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+def test_a_calibrated_checkpoint_of_another_architecture(tiny, tiny32, fails, calibrated, name):
+    path = calibrated.folder / name
+    if name == "ckpt.safetensors":
+        fails(*tiny.w4a8, "--cali_ckpt", path, model=tiny32.sampling, names=(path, "image_size 16", "32"))
+    else:
+        line = fails(*tiny.w4a8, "--cali_ckpt", path, model=tiny32.sampling, names=(path, "architecture"))
+        assert "attn" in line
+    golden = GOLDEN / "qdiff_wa.pth"
+    fails(*tiny.w4a8, "--cali_ckpt", golden, names=(golden, "architecture", "[32, 32, 3, 3]", "[64, 32, 3, 3]"))
+
+
+def test_files_that_are_no_calibrated_checkpoint(tiny, fails, data, tmp_path):
+    torch.save(load_file(tiny.weights), tmp_path / "float.pth")
+    torch.save([1], tmp_path / "list.pth")
+    fails(
+        *tiny.w4a8, "--cali_ckpt", "float.pth", names=("float.pth", "expected a Q-Diffusion checkpoint", "144 entries")
+    )
+    fails(*tiny.w4a8, "--cali_ckpt", "list.pth", names=("list.pth", "expected a Q-Diffusion checkpoint", "found list"))
+    fails(*tiny.w4a8, "--cali_ckpt", data.file, names=(data.file, "expected a Q-Diffusion checkpoint"))
+    fails(*tiny.w4a8, "--cali_ckpt", tiny.weights, names=(tiny.weights, "expected a calibrated checkpoint"))
+    shard = data.shards / "shard_00000.safetensors"
+    fails(*tiny.w4a8, "--cali_ckpt", shard, names=(shard, "expected a calibrated checkpoint", "qdiff-trajectories-1"))
+    fails(*tiny.w4a8, "--cali_ckpt", tiny.config, names=(tiny.config, "not a readable Q-Diffusion checkpoint"))
+
+
+@pytest.mark.parametrize("flag", ["--cali_ckpt", "--cali_data_path"])
+@pytest.mark.parametrize("save", [torch.save, None], ids=["torch", "plain-pickle"])
+def test_a_pickle_with_a_foreign_object_names_its_class(tiny, fails, tmp_path, flag, save):
+    path = tmp_path / "foreign.pth"
+    content = {"model.a.weight_quantizer.delta": torch.zeros(1), "xs": torch.zeros(1), "ts": Foreign()}
+    torch.save(content, path) if save else path.write_bytes(pickle.dumps(Foreign()))
+    flags = ("--ptq", *tiny.nearest) if flag == "--cali_data_path" else tiny.w4a8
+    fails(*flags, flag, path, names=(path, "Foreign"))
+
+
+# Flags that contradict the checkpoint
+
+
+@pytest.mark.parametrize("file", ["ckpt.pth", "original"])
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--weight_bit 4 --quant_act --act_bit 8 --a_sym", ("no --split", "split shortcuts")),
+        ("--weight_bit 8 --quant_act --act_bit 8 --a_sym --split", ("--weight_bit 8", "4 bits")),
+        ("--weight_bit 2 --quant_act --act_bit 8 --a_sym --split", ("--weight_bit 2", "4 bits")),
+        ("--quant_act --act_bit 8 --a_sym --split", ("--weight_bit 8", "4 bits")),
+        ("--weight_bit 4 --quant_act --act_bit 8 --split", ("no --a_sym", "symmetric")),
+    ],
+    ids=["no-split", "w8", "w2", "w-left-out", "no-a_sym"],
+)
+def test_flags_against_ckpt_pth(fails, calibrated, published, file, flags, names):
+    path = published.both if file == "original" else calibrated.folder / file
+    for beside in ((), ("--resume",)):
+        fails("--ptq", *flags.split(), "--cali_ckpt", path, *beside, names=(*names, "contradicts", path))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """A W4A8 run without split and with asymmetric activations."""
+    out = tmp_path_factory.mktemp("plain")
+    flags = ("--ptq", "--weight_bit", 4, "--quant_act")
+    assert call(SAMPLE, *tiny.sampling, "--max_images", 1, *flags, *tiny.nearest, "-l", out).code == 0
+    (folder,) = (out / "samples").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--weight_bit 4 --quant_act --split", ("--split",)),
+        ("--weight_bit 4 --split", ("--split",)),
+        ("--weight_bit 4 --quant_act --a_sym", ("--a_sym",)),
+        ("--weight_bit 5 --quant_act", ("--weight_bit 5", "4 bits")),
+        ("--weight_bit 4 --quant_act --act_bit 6", ("--act_bit 6", "8 bits")),
+        ("--weight_bit 4 --quant_act --sm_abit 16", ("--sm_abit 16", "8 bits")),
+    ],
+    ids=["split", "split-weights-only", "a_sym", "w5", "a6", "sm16"],
+)
+def test_flags_against_a_file_of_ours(fails, plain, name, flags, names):
+    fails("--ptq", *flags.split(), "--cali_ckpt", plain / name, names=(*names, "contradicts", plain / name))
+
+
+def test_activations_of_a_file_that_has_none(tiny, fails, published, tmp_path):
+    path = published.weights
+    fails(*tiny.w4a8, "--cali_ckpt", path, names=("--quant_act", "contradicts", path, "no activation quantizers"))
+    out = tmp_path / "made"
+    flags = ("--ptq", "--weight_bit", 4, "--split")
+    assert call(SAMPLE, *tiny.sampling, "--max_images", 1, *flags, *tiny.nearest, "-l", out).code == 0
+    for path in out.glob("samples/*/ckpt.*"):
+        fails(*tiny.w4a8, "--cali_ckpt", path, names=("--quant_act", "contradicts", path, "no activation quantizers"))
+
+
+def test_resume_w_with_a_structure_that_the_weights_do_not_have(tiny, fails, calibrated):
+    path = calibrated.folder / "ckpt.safetensors"
+    flags = ("--ptq", "--quant_act", *tiny.nearest, "--resume_w", "--cali_ckpt", path)
+    fails(*flags, "--weight_bit", 4, names=(f"--resume_w {path}", "--split", "nin_shortcut", "2 grids"))
+    fails(*flags, "--split", names=(f"--resume_w {path}", "--weight_bit", "4 bits, not 8"))
+    fails(*flags, "--split", "--weight_bit", 8, names=("--weight_bit 8", "contradicts", path))
+    fails(*flags, "--resume", names=("--resume", "--resume_w"))
+    fails("--ptq", "--resume_w", "--cali_ckpt", path, names=("--resume_w", "--quant_act"))
+
+
+def test_activation_flags_without_quant_act_are_said_to_do_nothing(tiny, tmp_path):
+    flags = ("--ptq", "--weight_bit", 4, "--act_bit", 4, "--a_sym", *tiny.nearest)
+    result = call(SAMPLE, *tiny.sampling, *flags, "-l", tmp_path / "out")
+    assert result.code == 0 and "W4A32" in result.out
+    (line,) = result.complaints
+    assert "--act_bit, --a_sym: no effect without --quant_act" in line
+
+
+# Calibration data
+
+
+def states(steps=4, samples=3, shape=(3, 16, 16), **changes):
+    return {"xs": torch.zeros(steps, samples, *shape), "ts": torch.zeros(steps, samples)} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (states(shape=(3, 32, 32)), ("(3, 16, 16)", "(3, 32, 32)")),
+        (states(shape=(4, 16, 16)), ("(3, 16, 16)", "(4, 16, 16)")),
+        (states(shape=(3, 16)), ("[N, C, H, W]", "(3, 3, 16)")),
+        (states(steps=1), ("--cali_st 2", "1 steps")),
+        (states(samples=1), ("--cali_n 2", "1 samples")),
+        (states(samples=0), ("[N, C, H, W]", "(0, 3, 16, 16)")),
+        (states(steps=0), ("steps", "'xs': 0")),
+        (states(ts=torch.zeros(3, 3)), ("steps", "'ts': 3")),
+        (states(ts=torch.zeros(4)), ("ts [N]", "()")),
+        (states(xs=torch.full((4, 3, 3, 16, 16), float("nan"))), ("finite",)),
+        (states(xs=5), ("xs", "list of tensors")),
+        (states(xs=["a"] * 4), ("xs", "list of tensors")),
+        ({"xs": torch.zeros(4, 3, 3, 16, 16)}, ("xs and ts", "['xs']")),
+        ([1], ("xs and ts", "list")),
+    ],
+    ids=str,
+)
+def test_calibration_data(tiny, fails, tmp_path, content, names):
+    torch.save(content, tmp_path / "data.pt")
+    line = fails("--ptq", *tiny.nearest, "--cali_data_path", "data.pt", names=names)
+    assert "data.pt" in line or "calibration data" in line
+
+
+def test_calibration_data_that_are_not_there(tiny, fails, tmp_path):
+    flags = ("--ptq", *tiny.nearest, "--cali_data_path")
+    fails(*flags, "nope.pt", names=("nope.pt", "no such"))
+    fails(*flags, tmp_path, names=(tmp_path, "shard_", "found none"))
+    fails(*flags, tiny.weights, names=(tiny.weights, "expected a trajectory shard"))
+    fails(*flags, tiny.config, names=(tiny.config, "not a readable"))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+@pytest.mark.parametrize("form", ["file", "shards"])
+def test_truncated_calibration_data(tiny, fails, data, tmp_path, form, share):
+    if form == "file":
+        damaged = path = shorten(data.file, tmp_path / "data.pt", share)
+    else:
+        path = shutil.copytree(data.shards, tmp_path / "shards")
+        damaged = shorten(data.shards / "shard_00001.safetensors", path / "shard_00001.safetensors", share)
+    fails("--ptq", *tiny.nearest, "--cali_data_path", path, names=(damaged, "not a readable"))
+
+
+def test_calibration_data_whose_recording_was_interrupted(tiny, fails, data, tmp_path):
+    path = shutil.copytree(data.shards, tmp_path / "shards")
+    for gone, found in ((1, 3), (2, 2)):
+        (path / f"shard_{gone:05d}.safetensors").unlink()
+        fails("--ptq", *tiny.nearest, "--cali_data_path", path, names=(path, "expected 5 samples", f"found {found}"))
+
+
+def test_calibration_data_of_two_recordings(tiny, fails, data, tmp_path):
+    flags = (*data.flags, "--seed", 1)
+    assert call("make_calibration_data", *flags, "--out", tmp_path / "other").code == 0
+    path = shutil.copytree(data.shards, tmp_path / "shards")
+    shutil.copy(tmp_path / "other" / "shard_00002.safetensors", path)
+    fails("--ptq", *tiny.nearest, "--cali_data_path", path, names=("shard_00002", "shard_00000", "other settings"))
+
+
+@pytest.mark.parametrize("form", ["shards", "file"])
+def test_too_few_steps_or_samples(tiny, fails, data, form):
+    path = getattr(data, form)
+    flags = ("--ptq", "--method", "nearest", "--cali_data_path", path)
+    fails(*flags, "--cali_st", 5, "--cali_n", 2, names=("--cali_st 5", "4 steps"))
+    fails(*flags, "--cali_st", 2, "--cali_n", 6, names=("--cali_n 6", "5 samples"))
+    fails("--ptq", "--cali_data_path", path, names=("--cali_n 1024", "5 samples"))
+
+
+# The output folder
+
+
+@pytest.mark.parametrize("work", ["float", "calibrating", "resuming"])
+@pytest.mark.parametrize("out", ["a-file", "a-file/out"])
+def test_an_output_folder_that_cannot_be_made(tiny, calibrated, tmp_path, work, out):
+    (tmp_path / "a-file").touch()
+    flags = {
+        "float": (),
+        "calibrating": ("--ptq", *tiny.nearest),
+        "resuming": (*tiny.w4a8, "--cali_ckpt", calibrated.folder / "ckpt.pth"),
+    }[work]
+    result = call(SAMPLE, *tiny.sampling, *flags, "-l", out)
+    refused(result, out)
+    assert result.bars == [] and tree(tmp_path) == {"a-file": b""}
+
+
+# Recipes
+
+
+@pytest.fixture
+def printed(tiny):
+    """The recipe that the flags make, as plain data."""
+    return yaml.safe_load(call(SAMPLE, *tiny.sampling, *tiny.w4a8, *tiny.quick, "--dry_run").out)["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda r: r | {"wieghts": 4}, ("expected one of name, weights", "'wieghts'")),
+        (lambda r: r | {"weights": 4}, ("recipe.weights", "a mapping", "4")),
+        (lambda r: r | {"weights": {"bits": "4"}}, ("recipe.weights.bits", "int", "'4'")),
+        (lambda r: r | {"weights": {"bits": 4, "width": 1}}, ("recipe.weights", "'width'")),
+        (lambda r: r | {"weights": {"kind": "affine"}}, ("recipe.weights", "bits is missing")),
+        (lambda r: r | {"weights": {"bits": 9}}, ("--weight_bit", "9")),
+        (lambda r: r | {"weights": {"bits": 4, "kind": "odd"}}, ("kind", "affine", "'odd'")),
+        (lambda r: r | {"selector": {"steps": 0}}, ("--cali_st", "0")),
+        (lambda r: r | {"selector": {"steps": 9}}, ("--cali_st 9", "4 steps")),
+        (lambda r: r | {"stages": {"stage": "compensate"}}, ("recipe.stages", "a list")),
+        (lambda r: r | {"stages": [{"stage": "magic"}]}, ("recipe.stages[0]", "reconstruct", "'magic'")),
+        (lambda r: r | {"stages": [{"damping": 1}]}, ("recipe.stages[0]", "None")),
+        (lambda r: r | {"stages": []}, ("stages", "weight_ranges")),
+        (lambda r: r | {"stages": r["stages"][1:]}, ("stages", "weight_ranges")),
+        (lambda r: r | {"stages": r["stages"][:2]}, ("stages", "activation_ranges")),
+        (lambda r: r | {"stages": r["stages"][::-1]}, ("stages[0]", "weight_ranges before reconstruct")),
+        (lambda r: r | {"stages": [r["stages"][i] for i in (0, 3, 2)]}, ("stages[1]", "activation_ranges before")),
+        (lambda r: r | {"rules": [{"pattern": "nosuch*", "weight_bits": 8}]}, ("'nosuch*'", "conv_in")),
+        (lambda r: r | {"rules": [{"pattern": "*", "weight_bits": 1}]}, ("weight_bits", "1")),
+        (lambda r: r | {"step_groups": {"count": 5}}, ("step_groups", "5", "4")),
+        (lambda r: r | {"compat": ["magic"]}, ("compat", "'magic'")),
+        (lambda r: r | {"activations": None, "softmax": None}, ("--quant_act", "leaves activations float")),
+        (lambda r: {"weights": r["weights"]}, ("name is missing",)),
+        (lambda r: [r], ("a mapping",)),
+        (lambda r: None, ("a mapping", "None")),
+    ],
+)
+def test_recipes(tiny, fails, printed, tmp_path, change, names):
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(change(printed), sort_keys=False))
+    fails(*tiny.w4a8, "--recipe", "recipe.yml", names=names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [1", "a: b: c", "!!python/object/apply:os.getcwd []", "\x00"],
+    ids=["list", "colons", "python", "binary"],
+)
+def test_recipes_that_are_not_yaml(fails, tmp_path, text):
+    (tmp_path / "recipe.yml").write_text(text)
+    fails("--ptq", "--recipe", "recipe.yml", names=("recipe.yml: not a recipe",))
+
+
+def test_a_recipe_that_is_not_there(fails, tmp_path):
+    fails("--ptq", "--recipe", "nope.yml", names=("--recipe nope.yml", "no such file"))
+    fails("--ptq", "--recipe", tmp_path, names=(f"--recipe {tmp_path}", "no such file"))
