@@ -158,7 +158,8 @@ def _load_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise nearly anything
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds an object of class {foreign[1]}, expected tensors only" if foreign else _one_line(error)
+        damaged = "truncated or not a PyTorch file"
+        reason = f"it holds an object of class {foreign[1]}, expected tensors only" if foreign else damaged
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
 
 

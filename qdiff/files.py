@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,9 @@ def load_pickle(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, of no use to who reads the error below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = _foreign_object(str(error)) or "truncated or not a PyTorch file"
         raise ValueError(f"{path}: not a readable {what}: {reason}") from error

@@ -321,10 +321,13 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a YAML file. Raises ValueError naming the file and what is wrong in it."""
+        """Read a recipe from a YAML file, or from a printed plan that holds one under `recipe`.
+
+        Raises ValueError naming the file and what is wrong in it.
+        """
         try:
             plain = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-            return cls.from_dict(plain)
+            return cls.from_dict(plain["recipe"] if isinstance(plain, dict) and "recipe" in plain else plain)
         except (ValueError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: not a recipe: {' '.join(str(error).split())}") from error
 

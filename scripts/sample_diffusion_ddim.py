@@ -184,9 +184,12 @@ def sample(plan: Plan, network: nn.Module) -> None:
             save_png(((state + 1) / 2).clamp(0, 1), plan.folder / "sequence" / f"{index}_{step:04d}.png")
 
 
-def check_structure(plan: Plan, model: FloatModel, weights: nn.Module | None) -> None:
+def check_structure(
+    plan: Plan, model: FloatModel, trajectories: Trajectories | None, weights: nn.Module | None
+) -> None:
     """Raise ValueError where the recipe or the given weights do not fit the network, before the work begins."""
-    network = insert_quantizers(copy.deepcopy(model.network), plan.recipe, ADAPTER, plan.pipeline.timesteps())
+    timesteps = plan.pipeline.timesteps() if trajectories is None else trajectories.timesteps
+    network = insert_quantizers(copy.deepcopy(model.network), plan.recipe, ADAPTER, timesteps)
     if weights is None:
         return
     try:
@@ -210,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trajectories = None
     if plan.recipe is not None:
         trajectories = calibration_data(plan)
-        check_structure(plan, model, loaded)
+        check_structure(plan, model, trajectories, loaded)
     plan = replace(plan, folder=new_folder(plan.folder))
     start_log(plan.folder, args.verbose)
     label = bits_label(plan.recipe or loaded_recipe)

@@ -7,7 +7,7 @@ Layouts: a folder of native shards (`shard_00000.safetensors`, one per batch of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,9 @@ def _load_folder(path: Path) -> Trajectories:
     shards = sorted(path.glob("shard_*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"{path}: expected shard_*.safetensors files of calibration data, found none")
-    origin = _origin(shards[0])
+    origin = shard_provenance(shards[0])
     for shard in shards[1:]:
-        if _origin(shard) != origin:
+        if shard_provenance(shard) != origin:
             raise ValueError(f"{shard}: expected calibration data made like {shards[0].name}, found other settings")
     try:
         found = concatenate(_load_shard(shard) for shard in shards)
@@ -129,11 +129,6 @@ def _load_folder(path: Path) -> Trajectories:
         reason = "was the recording interrupted? The same command goes on with it"
         raise ValueError(f"{path}: expected {expected} samples of calibration data, found {found.samples}; {reason}")
     return found
-
-
-def _origin(path: Path) -> dict:
-    """A shard's provenance without what tells it from the other shards."""
-    return {key: value for key, value in shard_provenance(path).items() if key not in ("shard", "samples")}
 
 
 def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = None) -> Trajectories:
@@ -192,9 +187,3 @@ def original_layout(trajectories: Trajectories) -> dict[str, Tensor]:
     """The dictionary that the original toolkit reads with `torch.load`: stacked xs, ts (and cs, ucs)."""
     columns = {"xs": trajectories.xs, "ts": trajectories.ts, **trajectories.extra}
     return {key: torch.stack(column) for key, column in columns.items()}
-
-
-def stream(batches: Iterator[tuple[int, Trajectories]], folder: Path, provenance: dict) -> None:
-    """Write each (shard index, trajectories) as it comes."""
-    for index, part in batches:
-        save_shard(part, shard_path(folder, index), provenance | {"shard": index, "samples": part.samples})

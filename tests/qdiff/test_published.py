@@ -383,7 +383,7 @@ def test_an_uncalibrated_network_is_not_saved(network, adapter, tmp_path):
 
 def test_a_save_that_is_cut_short_leaves_nothing(quantized, adapter, monkeypatch, tmp_path):
     def cut(content, path):
-        path.write_bytes(b"half")
+        path.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(qdiff.files.torch, "save", cut)

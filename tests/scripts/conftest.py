@@ -37,11 +37,13 @@ NEAREST = ("--method", "nearest", "--cali_st", 2, "--cali_n", 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Like the processes that tests start: for networks this small several threads only cost time."""
+def one_thread_of_the_cpu():
+    """Like the processes that tests start: the same everywhere, and fastest for networks this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
     torch.set_num_threads(before)
 
 

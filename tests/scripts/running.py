@@ -15,7 +15,7 @@ from qdiff.commandline import run_main
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 BAR = re.compile(r"\d+%\||\d+(call|it) \[|^\s*$")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,18 @@ def test_the_data_may_be_a_folder_or_a_file(tiny, data, tmp_path):
     assert tree(runs["shards"]) == tree(runs["file"]) == tree(runs["made"])
 
 
+def test_data_may_have_more_steps_than_the_images_are_sampled_with(tiny, recipe, tmp_path):
+    """Also where the recipe has more groups of steps than that."""
+    flags = (*tiny.model, "--timesteps", 8, "--n_samples", 3, "--out", tmp_path / "data")
+    passed(call("make_calibration_data", *flags))
+    flags = ("--ptq", "--recipe", recipe(step_groups={"count": 8, "lookup": "hold"}), "--cali_st", 8)
+    result = call(SAMPLE, *tiny.sampling, *flags, "--cali_data_path", tmp_path / "data", "-l", "out")
+    assert result.code == 0 and "no ckpt.pth" in result.complaints[0]
+    path = only_run(tmp_path / "out") / "ckpt.safetensors"
+    resumed = sampled(tiny, tmp_path / "resumed", *tiny.w4a8, "--cali_ckpt", path)
+    assert pictures(resumed) == pictures(path.parent)
+
+
 # --resume_w
 
 
