@@ -291,7 +291,7 @@ def test_patterns_tell_small_letters_from_capitals():
 
 
 def test_a_printed_plan_is_read_for_the_recipe_it_holds(tmp_path):
-    recipe = make_recipe("quick", MethodOptions(weight_bits=3, act_bits=8))
+    recipe = METHODS["quick"](MethodOptions(weight_bits=3, act_bits=8))
     plan = tmp_path / "plan.yml"
     plan.write_text(yaml.safe_dump({"images": 4, "recipe": recipe.to_dict()}), encoding="utf8")
     assert Recipe.load(plan) == recipe
