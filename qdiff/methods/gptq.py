@@ -8,8 +8,8 @@ from qdiff.spec import ActivationRanges, Compensate, RangeSpec, Recipe, WeightRa
 
 
 def recipe(options: MethodOptions) -> Recipe:
-    """Weight grids by the L2.4 search, compensated rounding, activation ranges by the same search."""
+    """Weight grids by the L2.4 search, compensated rounding, activations by minimum and maximum."""
     stages = [WeightRanges(RangeSpec(options.weight_range or "shrink")), Compensate()]
     if options.act_bits is not None:
-        stages.append(ActivationRanges(RangeSpec(options.act_range or "shrink")))
+        stages.append(ActivationRanges(RangeSpec(options.act_range or "minmax")))
     return Recipe("gptq", selector=selector(options, 10, 16), stages=tuple(stages), **grids(options))
