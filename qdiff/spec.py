@@ -249,12 +249,27 @@ class Reconstruct:
         one_of("reconstruct keep", self.keep, ("always", "better"))
 
 
-Stage = WeightRanges | Compensate | ActivationRanges | Reconstruct
+@dataclass(frozen=True)
+class CorrectBias:
+    """Stage: take the mean error of each unit's output, per channel, out of the bias of its last layer.
+
+    Empirical bias correction (arXiv 1906.04721, section 4.2). A constant error is small beside a unit's noise and so
+    hardly learned, but sampling adds it up over all steps.
+    """
+
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        within("correct_bias batch_size", self.batch_size, 1, 2**20)
+
+
+Stage = WeightRanges | Compensate | ActivationRanges | Reconstruct | CorrectBias
 STAGES: dict[str, type] = {
     "weight_ranges": WeightRanges,
     "compensate": Compensate,
     "activation_ranges": ActivationRanges,
     "reconstruct": Reconstruct,
+    "correct_bias": CorrectBias,
 }
 # Faults of the published code that change numbers; each is off unless named (B-numbers: docs/methods.md).
 COMPAT = {

@@ -106,6 +106,8 @@ def compensate_unit(
     bases: float weights by dotted layer name; they are replaced by the compensated ones.
     """
     for layer_name, layer in execution_order(frontier, name):
+        if not layer.weight_quantizers:
+            continue
         moment = InputMoment(layer, options.rows, generator)
         with recording_inputs(layer, moment.add):
             frontier.outputs(name)
@@ -114,10 +116,10 @@ def compensate_unit(
 
 
 def execution_order(frontier: Frontier, name: str) -> list[tuple[str, QuantLayer]]:
-    """The unit's layers with quantized weights, (dotted name, layer), in the order in which it calls them."""
+    """The unit's layers, (dotted name, layer), in the order in which it calls them."""
     segment = frontier.seek(name)
     layers = {m: ".".join(filter(None, (name, n))) for n, m in quant_layers(segment.module).items()}
     with recording_calls(layers) as called:
         args, t = next(frontier.batches(segment))
         frontier.run(segment.module, tuple(a[:1] for a in args), t[:1])
-    return [(layers[layer], layer) for layer in dict.fromkeys(called) if layer.weight_quantizers]
+    return [(layers[layer], layer) for layer in dict.fromkeys(called)]

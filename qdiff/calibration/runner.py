@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdiff.adapters.base import Adapter, Segment
 from qdiff.calibration.capture import observing, training_mode
-from qdiff.calibration.compensate import compensate_unit
+from qdiff.calibration.compensate import compensate_unit, execution_order
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.loop import UnitData, optimise, parameter_groups
 from qdiff.calibration.objectives import mean_lp
@@ -21,7 +21,7 @@ from qdiff.calibration.observers import RangeObserver
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import QuantLayer, act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import ActivationRanges, Compensate, Loss, Recipe, Reconstruct, Stage, WeightRanges
+from qdiff.spec import ActivationRanges, Compensate, CorrectBias, Loss, Recipe, Reconstruct, Stage, WeightRanges
 from qdiff.surgery import insert_quantizers
 
 logger = logging.getLogger(__name__)
@@ -254,6 +254,25 @@ def _learn_unit(
     logger.info("%s: error %.4g -> %.4g, %s, %.1f s", unit.name, error_before, error_after, outcome, seconds)
 
 
+@torch.no_grad()
+def correct_biases(run: Calibration, stage: CorrectBias, number: int = 0) -> None:
+    """Bring every unit's mean output, per channel, to the float unit's, in execution order.
+
+    The last layer that a unit calls adds its bias to the unit's output; a unit whose last layer has none is left alone.
+    """
+    plain = Frontier(run.float_network, run.adapter, run.data, stage.batch_size)
+    quantized = Frontier(run.network, run.adapter, run.data, stage.batch_size)
+    names = [s.name for s in run.adapter.chain(run.network) if quant_layers(s.module)]
+    run.progress.start("bias correction", len(names))
+    for name in names:
+        _, layer = execution_order(quantized, name)[-1]
+        if layer.bias is not None:
+            error = (quantized.outputs(name) - plain.outputs(name)).movedim(layer.channel_axis, -1)
+            layer.bias.sub_(error.flatten(0, -2).mean(0))
+        run.progress.advance(note=name)
+    run.progress.finish()
+
+
 def _penalized(unit: nn.Module, groups: dict[str, list[nn.Parameter]], recipe: Recipe) -> list[Tensor]:
     """The rounding variables under AdaRound's penalty."""
     if "skip_second_split" not in recipe.compat:
@@ -293,4 +312,5 @@ STAGE_HANDLERS: dict[type[Stage], Callable[[Calibration, Stage, int], None]] = {
     Compensate: compensate_weights,
     ActivationRanges: find_activation_ranges,
     Reconstruct: reconstruct,
+    CorrectBias: correct_biases,
 }

@@ -7,6 +7,7 @@ from qdiff.methods.options import MethodOptions
 from qdiff.spec import (
     ActivationRanges,
     Compensate,
+    CorrectBias,
     Learn,
     Loss,
     RangeSpec,
@@ -22,7 +23,7 @@ def recipe(options: MethodOptions) -> Recipe:
 
     Rounding, biases and activation scales learn together on quantized-prefix inputs, so that each unit also makes up
     for the errors of those before it. Rounding starts close to the compensated codes, at a rate a hundred times the
-    published one: that is what makes tens of iterations enough.
+    published one: that is what makes tens of iterations enough. Last, what is left of each unit's mean error goes.
     """
     stages = [WeightRanges(RangeSpec(options.weight_range or "shrink")), Compensate()]
     learn = {"rounding": Learn(1e-1, "cosine"), "bias": Learn(1e-3, "cosine")}
@@ -41,4 +42,5 @@ def recipe(options: MethodOptions) -> Recipe:
             sharpen=8.0,
         )
     )
+    stages.append(CorrectBias())
     return Recipe("quick", selector=selector(options, 10, 16), stages=tuple(stages), **grids(options))

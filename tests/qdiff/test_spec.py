@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "stage": (
         changed(stages=[{"stage": "range"}]),
-        r"recipe.stages\[0\]: stage: expected one of weight_ranges, compensate, .*, reconstruct, found 'range'",
+        r"recipe.stages\[0\]: stage: expected one of weight_ranges, compensate, .*, correct_bias, found 'range'",
     ),
     "no-stage": (changed(stages=[{"iterations": 3}]), r"recipe.stages\[0\]: stage: expected one of .*found None"),
     "stage-field": (

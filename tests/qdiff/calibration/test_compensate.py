@@ -234,7 +234,9 @@ class Backwards(nn.Module):
 
 def test_layers_are_taken_in_the_order_in_which_the_unit_calls_them():
     unit = OneUnit(Backwards(), torch.ones(4, 3))
-    assert [name for name, _ in execution_order(unit, "mid.unit")] == ["mid.unit.c", "mid.unit.b", "mid.unit.a"]
+    assert [name for name, _ in execution_order(unit, "mid.unit")] == [
+        f"mid.unit.{n}" for n in ("c", "b", "plain", "a")
+    ]
     assert [name for name, _ in execution_order(OneUnit(unit.module.a, unit.x), "conv_in")] == ["conv_in"]
 
 

@@ -17,6 +17,7 @@ from qdiff.ranges import grid_from_range
 from qdiff.spec import (
     ActivationRanges,
     Compensate,
+    CorrectBias,
     Learn,
     Loss,
     QuantSpec,
@@ -417,3 +418,26 @@ def test_progress_adds_up_to_what_each_stage_announced(run):
     assert len(progress.stages) == 4
     for title, total, done, finished in progress.stages:
         assert done == total > 0 and finished, title
+
+
+def mean_errors(calibration, adapter, states):
+    """Largest mean error of each unit's output over its channels, after the whole calibration."""
+    plain, quantized = (Frontier(n, adapter, states) for n in (calibration.float_network, calibration.network))
+    found = {}
+    for unit in calibration.units(calibration.network):
+        error = quantized.outputs(unit.name) - plain.outputs(unit.name)
+        channels = error if error.dim() == 2 else error.movedim(1, -1).flatten(0, -2)
+        found[unit.name] = float(channels.mean(0).abs().max())
+    return found
+
+
+def test_bias_correction_leaves_no_mean_error_in_any_unit(run, adapter, states, make_network):
+    """Also where a unit has no bias to correct: that one keeps its error, the next ones lose theirs."""
+    network = make_network(32)
+    network.conv_in.bias = None
+    before = mean_errors(run(with_stages(), network=copy.deepcopy(network)), adapter, states)
+    after = mean_errors(run(with_stages(CorrectBias()), network=network), adapter, states)
+    assert after["conv_in"] == before["conv_in"] > 1e-3
+    others = [name for name in UNITS if name != "conv_in"]
+    assert max(after[name] for name in others) < 1e-5
+    assert min(before[name] for name in others) > 1e-4
