@@ -96,7 +96,8 @@ def test_a_dry_run_prints_every_recipe_and_writes_nothing(tiny, tmp_path):
     flags = ("--methods", "quick:3", "nearest", "--dry_run", "--outdir", "out")
     plan = yaml.safe_load(passed(call(COMPARE, *tiny.model, *SHORT, *flags)).out)
     assert list(plan["runs"]) == ["quick-3_w4a8", "nearest_w4a8"] and tree(tmp_path) == {}
-    assert plan["runs"]["quick-3_w4a8"]["stages"][-1]["iterations"] == 3
+    stages = {stage["stage"]: stage for stage in plan["runs"]["quick-3_w4a8"]["stages"]}
+    assert stages["reconstruct"]["iterations"] == 3
 
 
 @pytest.mark.parametrize(

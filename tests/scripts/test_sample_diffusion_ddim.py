@@ -112,6 +112,7 @@ def test_a_calibrating_run(calibrated):
         "compensated rounding",
         "activation ranges",
         "learning rounding and bias and scale",
+        "bias correction",
         "sampling",
     ]
 
