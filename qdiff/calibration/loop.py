@@ -156,8 +156,9 @@ def _seeded(active: bool, generator: torch.Generator, device: torch.device) -> I
     if not active:
         yield
         return
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
+    on_cpu = device.type == "cpu"
+    fork = torch.random.fork_rng([]) if on_cpu else torch.random.fork_rng([device], device_type=device.type)
+    with fork:
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
 
