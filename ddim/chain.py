@@ -1,7 +1,7 @@
 """A U-Net as a chain of segments over one state: the order of execution as data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class State:
-    """What flows through a U-Net between two modules."""
+    """What flows through a U-Net between two modules. Families with more than this extend it."""
 
     h: Tensor  # features [N, C, H, W]; the input image until conv_in has run
     temb: Tensor  # time embedding [N, E]; sinusoidal features until the dense layers have run
@@ -43,18 +43,18 @@ def read_joined_and_temb(state: State) -> tuple[Tensor, ...]:
 
 
 def write_features(state: State, h: Tensor) -> State:
-    return State(h, state.temb, state.skips)
+    return replace(state, h=h)
 
 
 def write_features_and_keep(state: State, h: Tensor) -> State:
     """The features are also kept as a skip for the up path."""
-    return State(h, state.temb, (*state.skips, h))
+    return replace(state, h=h, skips=(*state.skips, h))
 
 
 def write_features_and_drop(state: State, h: Tensor) -> State:
     """The newest skip has been used."""
-    return State(h, state.temb, state.skips[:-1])
+    return replace(state, h=h, skips=state.skips[:-1])
 
 
 def write_temb(state: State, temb: Tensor) -> State:
-    return State(state.h, temb, state.skips)
+    return replace(state, temb=temb)

@@ -84,11 +84,19 @@ def ddim_step(
 
 
 def generalized(
-    x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, eta: float = 0.0, noise: Noise | None = None
+    x: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    alpha_end: float = 1.0,
 ) -> Sampler:
-    """DDIM. x: [N, C, H, W]; timesteps: [S] descending; alphas_cumprod: [T]. `noise` is needed where eta > 0."""
-    for step, (t, alpha, alpha_next) in enumerate(_walk(timesteps, alphas_cumprod)):
-        eps = yield Call(step, _timestep(t, x), x)
+    """DDIM. x: [N, C, H, W]; timesteps: [S] descending; alphas_cumprod: [T]; alpha_end: ᾱ of the result.
+
+    `noise` is needed where eta > 0.
+    """
+    for step, (t, alpha, alpha_next) in enumerate(walk(timesteps, alphas_cumprod, alpha_end)):
+        eps = yield Call(step, batch_timestep(t, x), x)
         # sigma is 0 at the step to alpha_next = 1, so no noise is drawn for it.
         draw = noise() if eta > 0 and alpha_next < 1 else None
         x = ddim_step(x, eps, alpha, alpha_next, eta, draw)
@@ -103,8 +111,8 @@ def ddpm_noisy(x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, noise: Nois
 
     The predicted image is clipped to [-1, 1]; the last step adds no noise. Arguments as for `generalized`.
     """
-    for step, (t, alpha, alpha_next) in enumerate(_walk(timesteps, alphas_cumprod)):
-        eps = yield Call(step, _timestep(t, x), x)
+    for step, (t, alpha, alpha_next) in enumerate(walk(timesteps, alphas_cumprod)):
+        eps = yield Call(step, batch_timestep(t, x), x)
         beta = 1 - alpha / alpha_next
         x0 = (_meet(alpha**-0.5, x) * x - _meet((1 / alpha - 1).sqrt(), x) * eps).clamp(-1, 1)
         # Mean of the posterior q(x_next | x, x0), equation 7.
@@ -116,11 +124,18 @@ def ddpm_noisy(x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, noise: Nois
     return x
 
 
-def _walk(timesteps: Tensor, alphas_cumprod: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(t, ᾱ, ᾱ of the next step) from the noisiest step on; ᾱ is 1 after the last."""
+def walk(timesteps: Tensor, alphas_cumprod: Tensor, alpha_end: float = 1.0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(t, ᾱ, ᾱ of the next step), each [], from the noisiest step on; ᾱ is alpha_end after the last."""
     timesteps = timesteps.cpu()
     alphas = alphas_cumprod.double().cpu()[timesteps]
-    return zip(timesteps, alphas, torch.cat([alphas[1:], alphas.new_ones(1)]), strict=True)
+    return zip(timesteps, alphas, torch.cat([alphas[1:], alphas.new_full((1,), alpha_end)]), strict=True)
+
+
+def check_alphas(name: str, alphas_cumprod: Tensor) -> None:
+    """Raises ValueError where a schedule reaches 0 or 1, which the sampler of that name cannot use."""
+    if not ((alphas_cumprod > 0) & (alphas_cumprod < 1)).all():
+        low, high = alphas_cumprod.min().item(), alphas_cumprod.max().item()
+        raise ValueError(f"{name} needs cumulative alphas strictly between 0 and 1, found {low:g} to {high:g}")
 
 
 # DPM-Solver++, arXiv 2211.01095 and 2206.00927
@@ -135,18 +150,18 @@ def dpm_solver(x: Tensor, steps: int, alphas_cumprod: Tensor, order: int = 3) ->
 
     Raises ValueError for steps < 1, an order other than 1, 2, 3, or a schedule that reaches 0 or 1.
     """
-    alphas = alphas_cumprod.double().cpu()
-    if not ((alphas > 0) & (alphas < 1)).all():
-        low, high = alphas.min().item(), alphas.max().item()
-        raise ValueError(f"dpm_solver needs cumulative alphas strictly between 0 and 1, found {low:g} to {high:g}")
+    check_alphas("dpm_solver", alphas_cumprod)
     orders = singlestep_orders(steps, order)
-    grid = _Grid.of(torch.linspace(len(alphas) - 1, 0, steps + 1, dtype=torch.float64), alphas)
-    return _dpm_solver(x, grid, orders)
+    return _dpm_solver(x, NoiseGrid.uniform(steps, alphas_cumprod), orders)
 
 
 def dpm_solver_timesteps(steps: int, num_timesteps: int) -> Tensor:
     """Timesteps of the evaluations, descending from T - 1, uniform. Returns [steps] float64."""
-    return torch.linspace(num_timesteps - 1, 0, steps + 1, dtype=torch.float64)[:-1]
+    return _uniform_grid(steps, num_timesteps)[:-1]
+
+
+def _uniform_grid(steps: int, num_timesteps: int) -> Tensor:
+    return torch.linspace(num_timesteps - 1, 0, steps + 1, dtype=torch.float64)
 
 
 def singlestep_orders(steps: int, order: int) -> list[int]:
@@ -165,8 +180,8 @@ def singlestep_orders(steps: int, order: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The schedule at each evaluation and at the end; all [S + 1] float64."""
+class NoiseGrid:
+    """The schedule at each evaluation and at the end; all [S + 1] float64. What DPM-Solver++ steps are made of."""
 
     t: Tensor
     alpha: Tensor  # signal and noise level: x_t = alpha·x_0 + sigma·ε
@@ -174,8 +189,14 @@ class _Grid:
     lam: Tensor  # log(alpha / sigma)
 
     @classmethod
-    def of(cls, t: Tensor, alphas_cumprod: Tensor) -> "_Grid":
-        log_alpha = 0.5 * alphas_cumprod.log()
+    def uniform(cls, steps: int, alphas_cumprod: Tensor) -> "NoiseGrid":
+        """From timestep T - 1 to 0 in `steps` equal parts. alphas_cumprod: [T], strictly between 0 and 1."""
+        return cls.of(_uniform_grid(steps, len(alphas_cumprod)), alphas_cumprod)
+
+    @classmethod
+    def of(cls, t: Tensor, alphas_cumprod: Tensor) -> "NoiseGrid":
+        """t: [S + 1] float64 in [0, T - 1]; log α is piecewise linear between timesteps."""
+        log_alpha = 0.5 * alphas_cumprod.double().cpu().log()
         left = t.floor().long().clamp(max=max(len(log_alpha) - 2, 0))
         right = (left + 1).clamp(max=len(log_alpha) - 1)
         log_alpha = log_alpha[left] + (t - left) * (log_alpha[right] - log_alpha[left])
@@ -184,7 +205,7 @@ class _Grid:
 
     def data(self, x: Tensor, i: int) -> Generator[Call, Tensor, Tensor]:
         """The predicted image at grid point i."""
-        eps = yield Call(i, _timestep(self.t[i], x), x)
+        eps = yield Call(i, batch_timestep(self.t[i], x), x)
         return (x - _meet(self.sigma[i], x) * eps) / _meet(self.alpha[i], x)
 
     def move(self, x: Tensor, i: int, j: int, data: Tensor) -> Tensor:
@@ -198,7 +219,7 @@ class _Grid:
         return _meet(self.alpha[j] * (h + torch.expm1(-h)) / over, difference) * difference
 
 
-def _dpm_solver(x: Tensor, grid: _Grid, orders: list[int]) -> Sampler:
+def _dpm_solver(x: Tensor, grid: NoiseGrid, orders: list[int]) -> Sampler:
     i = 0
     for order in orders:
         x = yield from _singlestep(x, grid, i, order)
@@ -206,7 +227,7 @@ def _dpm_solver(x: Tensor, grid: _Grid, orders: list[int]) -> Sampler:
     return x
 
 
-def _singlestep(x: Tensor, grid: _Grid, i: int, order: int) -> Sampler:
+def _singlestep(x: Tensor, grid: NoiseGrid, i: int, order: int) -> Sampler:
     """One solver step from grid point i to i + order, with the points between as its stages."""
     j = i + order
     data = yield from grid.data(x, i)
@@ -232,7 +253,7 @@ def _meet(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _timestep(t: Tensor, x: Tensor) -> Tensor:
+def batch_timestep(t: Tensor, x: Tensor) -> Tensor:
     """[] -> [N] on x's device."""
     dtype = torch.promote_types(x.dtype, torch.float32) if t.is_floating_point() else torch.int64
     return torch.full((x.shape[0],), t.item(), dtype=dtype, device=x.device)

@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+
+from ddim.schedules import cumulative_alphas
+from ldm.schedules import BETA_SCHEDULES, beta_schedule
+
+
+@pytest.mark.parametrize(
+    "name, first, middle, last",  # middle: entry 2 of 5
+    [
+        ("linear", 0.01, 0.16, 0.49),  # ((0.1 + 0.7) / 2)²
+        ("sqrt_linear", 0.01, 0.25, 0.49),
+        ("sqrt", 0.1, 0.5, 0.7),
+    ],
+)
+def test_beta_schedules(name, first, middle, last):
+    betas = beta_schedule(name, 5, 0.01, 0.49)
+    assert betas.dtype == torch.float64 and betas.shape == (5,)
+    assert betas[[0, 2, 4]].tolist() == pytest.approx([first, middle, last], rel=1e-12)
+
+
+@pytest.mark.parametrize("cosine_s", [8e-3, 0.1])
+def test_cosine_schedule_has_the_cumulative_alphas_of_its_equation(cosine_s):
+    betas = beta_schedule("cosine", 1000, 1e-4, 2e-2, cosine_s)
+    alphas = cumulative_alphas(betas)
+    f = [math.cos((u / 1000 + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2 for u in range(1001)]
+    assert alphas[:-1].tolist() == pytest.approx([value / f[0] for value in f[1:-1]], rel=1e-9)
+    assert betas[-1] == 0.999
+
+
+def test_end_of_the_stable_diffusion_schedule():
+    alphas = cumulative_alphas(beta_schedule("linear", 1000, 0.00085, 0.012))
+    assert alphas[[0, 999]].tolist() == pytest.approx([0.99915, 0.0046600], rel=1e-4)
+
+
+def test_every_schedule_is_named_in_the_error():
+    with pytest.raises(ValueError, match=f"'quad'.*{', '.join(BETA_SCHEDULES)}"):
+        beta_schedule("quad", 10, 1e-4, 0.02)
+
+
+@pytest.mark.parametrize(
+    "name, num, start, end, match",
+    [
+        ("linear", 0, 1e-4, 0.02, "at least 1, found 0"),
+        ("linear", 10, 0.1, 2.0, "strictly between 0 and 1, found 0.1 to 2"),
+        ("sqrt_linear", 10, 0.0, 0.02, "must be positive, found 0.0 and 0.02"),
+        ("sqrt", 10, -1e-4, 0.02, "must be positive, found -0.0001 and 0.02"),
+    ],
+)
+def test_impossible_schedules_are_refused(name, num, start, end, match):
+    with pytest.raises(ValueError, match=match):
+        beta_schedule(name, num, start, end)
