@@ -13,21 +13,11 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from qdiff.adapters import Adapter
-from qdiff.calibration.runner import Calibration, Progress
-from qdiff.checkpoints import load_checkpoint, save_checkpoint
-from qdiff.layers import act_quantizers, quant_layers
+from qdiff.calibration.runner import Progress
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
-from qdiff.published import (
-    load_published,
-    original_flags,
-    original_softmax_bits,
-    published_recipe,
-    save_published,
-)
 from qdiff.spec import COMPAT, Recipe
 from qdiff.surgery import softmax_spec
 
@@ -38,7 +28,7 @@ ORIGINAL_DEFAULTS = {"selector_steps": 1, "per_step": 1024}
 QUANT_MODES = {"qdiff": "q-diffusion", "linear": "nearest"}
 # Flags whose value a recipe file holds.
 HELD_BY_RECIPE = (
-    *("method", "running_stat", "rounding_start", "compat"),
+    *("method", "running_stat", "rs_sm_only", "a_min_max", "rounding_start", "compat"),
     *("cali_batch_size", "cali_iters", "cali_iters_a", "cali_lr", "cali_p"),
 )
 
@@ -105,7 +95,7 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> N
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
 
 
-def add_quantization_flags(parser: argparse.ArgumentParser, split: bool = True) -> None:
+def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     """The original scripts' quantization flags, and --method, --recipe, --rounding_start, --compat.
 
     Flags that a method has its own value for default to None here; help texts say what that means.
@@ -117,13 +107,14 @@ def add_quantization_flags(parser: argparse.ArgumentParser, split: bool = True) 
     group.add_argument("--act_bit", type=whole(2, 8), help="bits of activations, 2 to 8 (default: 8)")
     group.add_argument("--sm_abit", type=whole(2, 16), help="bits of softmax outputs, 2 to 16 (default: 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activations")
-    if split:
-        group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
+    group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
     modes = ", ".join(f"{mode}: {method}" for mode, method in QUANT_MODES.items())
     group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"methods' original names ({modes})")
     group.add_argument("--method", choices=METHODS, help="calibration method, with its own defaults")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe (YAML) in place of a method")
     group.add_argument("--running_stat", action="store_true", help="moving averages for activation ranges")
+    group.add_argument("--rs_sm_only", action="store_true", help="moving averages for ranges of softmax outputs only")
+    group.add_argument("--a_min_max", action="store_true", help="activation ranges by minimum and maximum")
     group.add_argument("--rounding_start", choices=("nearest", "gptq"), help="q-diffusion's start (default: nearest)")
     faults = f"reproduce faults of the original: {', '.join(COMPAT)}"
     group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=faults)
@@ -160,7 +151,7 @@ def method_options(args: argparse.Namespace) -> MethodOptions:
         "act_bits": (args.act_bit if args.act_bit is not None else 8) if args.quant_act else None,
         "act_symmetric": args.a_sym,
         "softmax_bits": args.sm_abit,
-        "split": getattr(args, "split", False),
+        "split": args.split,
         "selector_steps": args.cali_st,
         "per_step": args.cali_n,
         "batch_size": args.cali_batch_size,
@@ -169,6 +160,9 @@ def method_options(args: argparse.Namespace) -> MethodOptions:
         "act_rate": args.cali_lr,
         "loss_p": args.cali_p,
         "running_stat": args.running_stat,
+        "softmax_running_stat": args.rs_sm_only,
+        "act_range": "minmax" if args.a_min_max else None,
+        "family": getattr(args, "family", None),
         "rounding_start": args.rounding_start,
         "compat": tuple(args.compat),
     }
@@ -208,7 +202,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         weights=_with(recipe.weights, bits=args.weight_bit),
         activations=activations,
         softmax=softmax,
-        split_shortcuts=recipe.split_shortcuts or getattr(args, "split", False),
+        split_shortcuts=recipe.split_shortcuts or args.split,
         selector=_with(recipe.selector, steps=args.cali_st, per_step=args.cali_n),
     )
 
@@ -291,78 +285,6 @@ def start_log(folder: Path, verbose: bool) -> None:
     )
     logger.info("command: %s", " ".join(sys.argv))
     logger.info("torch %s, %d threads", torch.__version__, torch.get_num_threads())
-
-
-def load_calibrated(
-    args: argparse.Namespace, build: Callable[[], nn.Module], adapter: Adapter
-) -> tuple[nn.Module, Recipe]:
-    """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
-
-    build: makes the float network of the configuration (its weights do not matter). The recipe is what the network
-    uses: without activations where they stay float. Raises FileNotFoundError, or ValueError naming the flag and the
-    file where they contradict each other, or what is wrong with the file.
-    """
-    path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
-    if not path.is_file():
-        raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
-    if path.suffix == ".safetensors":
-        return _load_native(args, path, build, activations)
-    options = method_options(args)
-    bits = options.act_bits if activations else None
-    recipe = published_recipe(
-        options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split, adapter
-    )
-    network, found = load_published(path, build(), adapter, recipe)
-    _check_given_flags(args, path, found, adapter)  # a file of ours brings its own recipe
-    return network, found
-
-
-def _load_native(
-    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], activations: bool
-) -> tuple[nn.Module, Recipe]:
-    found = load_checkpoint(path)
-    with torch.device("meta"):
-        expected = found.adapter.config_of(build())
-    config = found.adapter.config_of(found.network)
-    for key in expected:
-        if config.get(key) != expected[key] and key != "dropout":
-            raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
-    recipe = found.recipe
-    if activations and recipe.activations is None:
-        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
-    if not activations:
-        recipe = replace(recipe, activations=None, softmax=None)
-        for quantizer in act_quantizers(found.network).values():
-            quantizer.enabled = False
-    _check_given_flags(args, path, recipe, found.adapter)
-    return found.network, recipe
-
-
-def _check_given_flags(args: argparse.Namespace, path: Path, recipe: Recipe, adapter: Adapter) -> None:
-    """A file with its recipe knows its own bits and grids: flags may be left out, those given must agree."""
-    held = [("weight_bit", args.weight_bit, (recipe.weights.bits,))]
-    if recipe.activations is not None:
-        held.append(("act_bit", args.act_bit, (recipe.activations.bits,)))
-        held.append(("sm_abit", args.sm_abit, (softmax_spec(recipe).bits, original_softmax_bits(recipe, adapter))))
-        if args.a_sym and recipe.activations.kind != "signed":
-            raise ValueError(f"--a_sym: contradicts {path}, whose activations are not symmetric")
-    for flag, given, has in held:
-        if given is not None and given not in has:
-            raise ValueError(f"--{flag} {given}: contradicts {path}, which has {has[0]} bits")
-    if getattr(args, "split", False) and not recipe.split_shortcuts:
-        raise ValueError(f"--split: contradicts {path}, whose shortcuts are not split")
-
-
-def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
-    """Write ckpt.safetensors and, where the original's format can express the result, ckpt.pth into a run's folder."""
-    save_checkpoint(folder / "ckpt.safetensors", run.network, run.adapter, run.recipe, timesteps, provenance)
-    float_weights = {n: run.float_network.get_submodule(n).weight.detach() for n in quant_layers(run.network)}
-    try:
-        save_published(folder / "ckpt.pth", run.network, run.adapter, run.recipe, float_weights)
-    except ValueError as error:
-        logger.warning("no ckpt.pth: %s", error)
-        return
-    logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter))
 
 
 def print_plan(plan: dict[str, Any], recipe: Recipe | None = None) -> None:

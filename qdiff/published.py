@@ -129,12 +129,21 @@ def check_flags(published: Published, recipe: Recipe, activations: bool) -> None
 
 
 def published_recipe(
-    weight_bits: int, act_bits: int | None, symmetric: bool, softmax_bits: int, split: bool, adapter: Adapter
+    weight_bits: int,
+    act_bits: int | None,
+    symmetric: bool,
+    softmax_bits: int,
+    split: bool,
+    adapter: Adapter,
+    network: nn.Module,
 ) -> Recipe:
-    """The structure that a checkpoint of the original code has, for flags that the file does not hold."""
+    """The structure that a checkpoint of the original code has, for flags that the file does not hold.
+
+    network: the float network, whose kind of attention decides how the original quantizes softmax outputs.
+    """
     kind = "signed" if symmetric else "affine"
     activations = None if act_bits is None else QuantSpec(act_bits, kind)
-    softmax = None if act_bits is None else QuantSpec(softmax_bits, adapter.published_softmax_kind(kind))
+    softmax = None if act_bits is None else QuantSpec(softmax_bits, adapter.published_softmax_kind(network, kind))
     weights = QuantSpec(weight_bits, "affine", "out_channel")
     compat = ("symmetric_softmax",) if softmax is not None and softmax.kind != "unsigned" else ()
     return Recipe("published", weights, activations, softmax, split, compat=compat)
@@ -142,7 +151,7 @@ def published_recipe(
 
 def load_published(path: str | Path, network: nn.Module, adapter: Adapter, recipe: Recipe) -> tuple[nn.Module, Recipe]:
     """Put quantizers into a float network and fill them from a ckpt.pth; with no activations in the recipe those of
-    the file are ignored.
+    the file are ignored. Codes are computed in the network's dtype, float32 for those of the original code.
 
     A file written by this toolkit brings its own recipe, of which `recipe` says only whether activations are used.
     Returns (network, recipe). Raises ValueError naming the file, what was expected and what was found.
@@ -194,8 +203,9 @@ def _fill_layer(name: str, layer: QuantLayer, state: dict[str, Tensor]) -> None:
         zero = zero + quantizer.spec.lo  # the file's codes start at 0
         rows = quantizer.scale.shape[0]  # 1 for a grid per tensor, of which every row of the file has a copy
         quantizer.set_grid(scale[:rows], zero[:rows])
-        # In the file's own float32, as the original computes it: a ratio near a whole number must fall as it did there.
-        above = torch.floor(weight[:, part] / scale) + (alpha >= 0) + zero
+        # In the network's dtype, as the original computes it: a ratio near a whole number must fall as it does there.
+        dtype = layer.weight.dtype
+        above = torch.floor(weight[:, part].to(dtype) / scale.to(dtype)) + (alpha >= 0) + zero
         codes.append(above.clamp(quantizer.spec.lo, quantizer.spec.hi))
     layer.freeze(torch.cat(codes, 1))
 
@@ -296,21 +306,21 @@ def save_published(
     save_pickle(published_state(network, adapter, recipe, float_weights), path)
 
 
-def original_flags(recipe: Recipe, adapter: Adapter) -> str:
+def original_flags(recipe: Recipe, adapter: Adapter, network: nn.Module) -> str:
     """The flags with which the original code reads a file written from this recipe."""
     flags = [f"--weight_bit {recipe.weights.bits}"] + ["--split"] * recipe.split_shortcuts
     if recipe.activations is not None:
         flags += [f"--quant_act --act_bit {recipe.activations.bits}"]
         flags += ["--a_sym"] * (recipe.activations.kind == "signed")
-        flags += [f"--sm_abit {original_softmax_bits(recipe, adapter)}"]
+        flags += [f"--sm_abit {original_softmax_bits(recipe, adapter, network)}"]
     return " ".join(flags)
 
 
-def original_softmax_bits(recipe: Recipe, adapter: Adapter) -> int:
+def original_softmax_bits(recipe: Recipe, adapter: Adapter, network: nn.Module) -> int:
     """The --sm_abit with which the original code reads a file written from this recipe.
 
     An unsigned softmax grid of b bits is the upper half of the original's signed grid of b + 1 bits.
     """
     softmax = softmax_spec(recipe)
-    kind = adapter.published_softmax_kind(recipe.activations.kind)
+    kind = adapter.published_softmax_kind(network, recipe.activations.kind)
     return softmax.bits + (kind == "signed" and softmax.kind == "unsigned")

@@ -274,6 +274,7 @@ STAGES: dict[str, type] = {
 # Faults of the published code that change numbers; each is off unless named (B-numbers: docs/methods.md).
 COMPAT = {
     "raw_min_range": "B1: affine min-max takes the scale from the raw minimum, the zero point from min(minimum, 0)",
+    "first_step_ranges": "B4: activation ranges of latent models come from the first 64 states, all of one step",
     "ordered_ema": "B5: moving averages of ranges walk the states in sampling order, so late steps dominate",
     "skip_second_split": "B6: the rounding penalty leaves out the second half of split weights",
     "train_mode": "B8: dropout is active while a unit learns",

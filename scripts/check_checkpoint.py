@@ -85,6 +85,7 @@ def float_network(folder: Path, case: dict, adapter: Adapter) -> nn.Module:
 
 def quantized_network(folder: Path, case: dict, adapter: Adapter, activations: bool) -> nn.Module:
     """The case's calibrated network, weights only or with activations, in float32."""
+    network = float_network(folder, case, adapter).double()  # the recorded outputs have their codes in float64
     recipe = published_recipe(
         case["weight_bits"],
         case["act_bits"] if activations else None,
@@ -92,9 +93,9 @@ def quantized_network(folder: Path, case: dict, adapter: Adapter, activations: b
         case["softmax_bits"],
         case["split_shortcut"],
         adapter,
+        network,
     )
-    network, _ = load_published(folder / "qdiff_wa.pth", float_network(folder, case, adapter), adapter, recipe)
-    return network
+    return load_published(folder / "qdiff_wa.pth", network, adapter, recipe)[0]
 
 
 @torch.no_grad()

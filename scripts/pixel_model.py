@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from sampling import FIRST_CALIBRATION_IMAGE, Sample, batches, record_batches, sample_batches
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddim.pipeline import Pipeline
 from ddim.pretrained import build_network, load_config, load_pretrained, load_state, load_weights, sha256
 from ddim.samplers import SAMPLERS
 from qdiff.adapters import adapter_for
-from qdiff.calibration.trajectories import Recorder, Trajectories, concatenate
+from qdiff.calibration.trajectories import Trajectories, concatenate
 from qdiff.commandline import number, whole
 
 ADAPTER = adapter_for("ddim")
-# Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
-FIRST_CALIBRATION_IMAGE = 2**31
 
 
 def _whole(value: object) -> bool:
@@ -125,54 +123,19 @@ def read_config(args: argparse.Namespace) -> DictConfig:
     return config
 
 
-def batches(first: int, count: int, size: int) -> Iterator[range]:
-    """Image indices first ... first + count - 1 in batches of `size`."""
-    for start in range(first, first + count, size):
-        yield range(start, min(start + size, first + count))
-
-
-def sample_batches(
-    pipeline: Pipeline,
-    network: nn.Module,
-    indices: Sequence[range],
-    title: str,
-    observe: Callable[[range], Callable] | None = None,
-) -> Iterator[tuple[range, Tensor]]:
-    """(image indices, images on the CPU) of each batch, under one progress bar that counts network calls."""
-    calls = len(indices) * len(pipeline.timesteps())
-    with tqdm(total=calls, desc=title, unit="call", dynamic_ncols=True) as bar:
-        for batch in indices:
-            watch = None if observe is None else observe(batch)
-
-            def tick(call, watch=watch) -> None:
-                bar.update()
-                if watch is not None:
-                    watch(call)
-
-            yield batch, pipeline.sample(network, batch, tick).cpu()
+def sampler_of(pipeline: Pipeline, network: nn.Module) -> Sample:
+    """Images of a batch of indices, [N, C, H, W] in [0, 1]."""
+    return lambda batch, observe: pipeline.sample(network, batch, observe)
 
 
 def sample_images(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int, title: str) -> Tensor:
     """Images 0 ... count - 1, [count, C, H, W] in [0, 1]."""
-    found = sample_batches(pipeline, network, list(batches(0, count, batch_size)), title)
+    steps, indices = len(pipeline.timesteps()), list(batches(0, count, batch_size))
+    found = sample_batches(sampler_of(pipeline, network), steps, indices, title)
     return torch.cat([images for _, images in found])
-
-
-def record_batches(
-    pipeline: Pipeline, network: nn.Module, indices: Sequence[range]
-) -> Iterator[tuple[range, Trajectories]]:
-    """(image indices, float sampling states) of each batch of seeds."""
-    recorders: dict[range, Recorder] = {}
-
-    def observe(batch: range) -> Callable:
-        recorders[batch] = Recorder()
-        return recorders[batch].add
-
-    for batch, _ in sample_batches(pipeline, network, indices, "calibration data", observe):
-        yield batch, recorders.pop(batch).trajectories()
 
 
 def record(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int) -> Trajectories:
     """Float sampling states of `count` calibration images, in memory."""
-    found = record_batches(pipeline, network, list(batches(FIRST_CALIBRATION_IMAGE, count, batch_size)))
-    return concatenate(part for _, part in found)
+    steps, indices = len(pipeline.timesteps()), list(batches(FIRST_CALIBRATION_IMAGE, count, batch_size))
+    return concatenate(part for _, part in record_batches(sampler_of(pipeline, network), steps, indices))

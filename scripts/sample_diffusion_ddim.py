@@ -8,7 +8,6 @@ Takes the command lines of the Q-Diffusion repository. Writes <logdir>/samples/<
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,32 +17,25 @@ import torch
 from omegaconf import DictConfig
 from pixel_model import (
     ADAPTER,
-    FloatModel,
     add_model_flags,
     add_sampling_flags,
-    batches,
     load_float_model,
     make_pipeline,
     read_config,
     record,
-    sample_batches,
+    sampler_of,
 )
+from sampling import batches, sample_batches
 from torch import nn
 
 from ddim.images import save_png
 from ddim.pipeline import Pipeline
 from ddim.pretrained import build_network
-from qdiff.calibration.runner import Calibration, calibrate, take_weights
-from qdiff.calibration.selectors import select
-from qdiff.calibration.trajectories import Trajectories, load_trajectories
+from qdiff.calibrated import QuantizationPlan, calibrate_and_write, plan_quantization, read_inputs
 from qdiff.commandline import (
-    BarProgress,
     add_quantization_flags,
     add_run_flags,
-    bits_label,
     choose_device,
-    chosen_recipe,
-    load_calibrated,
     make_parser,
     new_folder,
     print_plan,
@@ -51,15 +43,9 @@ from qdiff.commandline import (
     start_log,
     warn_without_effect,
     whole,
-    write_calibrated,
 )
-from qdiff.methods import for_given_weights
-from qdiff.spec import Recipe
-from qdiff.surgery import insert_quantizers
 
 logger = logging.getLogger(__name__)
-# Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
-QUANTIZING = ("cali_ckpt", "recipe", "method", "resume", "resume_w", "quant_act", "weight_bit")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,15 +64,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. `recipe` is None when nothing is calibrated; `loads` is the checkpoint that is resumed;
-    `folder` becomes the run's own, named after date and time, when the run starts."""
+    """What a run will do; `folder` becomes the run's own, named after date and time, when the run starts."""
 
     args: argparse.Namespace
     config: DictConfig
     pipeline: Pipeline
     device: torch.device
-    recipe: Recipe | None
-    loads: Path | None
+    quantization: QuantizationPlan
     folder: Path
 
     def describe(self) -> dict:
@@ -96,72 +80,18 @@ class Plan:
             "images": self.args.max_images,
             **self.pipeline.describe(),
             "device": str(self.device),
-            "calibrated_checkpoint": None if self.args.cali_ckpt is None else str(self.args.cali_ckpt),
-            "calibration_data": None if self.recipe is None else str(self.args.cali_data_path or "made by this run"),
+            **self.quantization.describe(),
             "folder": str(self.folder / "<date-time>"),
         }
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Check the flags against one another and turn them into a plan. Raises ValueError naming the flag at fault."""
+    """Check the flags and turn them into a plan. Raises ValueError naming the flag at fault."""
     config = read_config(args)
-    for flag in QUANTIZING:
-        if not args.ptq and getattr(args, flag):
-            raise ValueError(f"--{flag}: quantizes, so it needs --ptq")
-    if args.resume and args.resume_w:
-        raise ValueError("--resume, --resume_w: one loads everything, the other the weights; give one of them")
-    if (args.resume or args.resume_w) and args.cali_ckpt is None:
-        raise ValueError(f"--resume{'_w' * args.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
-    if args.resume_w and not args.quant_act:
-        raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
-    calibrates = args.ptq and (args.cali_ckpt is None or args.resume_w)
-    recipe = chosen_recipe(args) if args.ptq else None
-    if args.resume_w:
-        recipe = for_given_weights(recipe)
     pipeline = make_pipeline(args, config)
-    if calibrates and args.cali_data_path is None and recipe.selector.steps > (steps := len(pipeline.timesteps())):
-        raise ValueError(f"--cali_st {recipe.selector.steps}: --timesteps {args.timesteps} makes only {steps} steps")
-    return Plan(
-        args,
-        config,
-        pipeline,
-        choose_device(args.device),
-        recipe if calibrates else None,
-        args.cali_ckpt if args.ptq and not calibrates else None,
-        Path("outputs/ddim" if args.logdir == "none" else args.logdir) / "samples",
-    )
-
-
-def calibration_data(plan: Plan) -> Trajectories | None:
-    """The states that --cali_data_path names, checked; None when this run makes its own."""
-    if plan.args.cali_data_path is None:
-        return None
-    trajectories = load_trajectories(plan.args.cali_data_path, plan.pipeline.shape)
-    select(trajectories, plan.recipe.selector)
-    return trajectories
-
-
-def calibrated(
-    plan: Plan, model: FloatModel, trajectories: Trajectories | None, weights: nn.Module | None
-) -> nn.Module:
-    """Calibrate the float model by the plan's recipe and write both checkpoints."""
-    args, recipe = plan.args, plan.recipe
-    network = model.network.to(plan.device)
-    if trajectories is None:
-        trajectories = record(plan.pipeline, network, recipe.selector.per_step, plan.config.sampling.batch_size)
-    run: Calibration = calibrate(
-        network,
-        ADAPTER,
-        recipe,
-        select(trajectories, recipe.selector),
-        args.seed,
-        trajectories.timesteps,
-        BarProgress(),
-        weights_from=weights,
-    )
-    provenance = {"seed": args.seed, "sampling": plan.pipeline.describe(), **model.describe()}
-    write_calibrated(plan.folder, run, trajectories.timesteps, provenance)
-    return run.network
+    quantization = plan_quantization(args, len(pipeline.timesteps()), f"--timesteps {args.timesteps}")
+    folder = Path("outputs/ddim" if args.logdir == "none" else args.logdir) / "samples"
+    return Plan(args, config, pipeline, choose_device(args.device), quantization, folder)
 
 
 def sample(plan: Plan, network: nn.Module) -> None:
@@ -173,7 +103,8 @@ def sample(plan: Plan, network: nn.Module) -> None:
     def observe(batch: range):
         return (lambda call: kept.append(call.x.cpu())) if plan.args.sequence and batch.start == 0 else None
 
-    for batch, images in sample_batches(plan.pipeline, network, indices, "sampling", observe):
+    steps = len(plan.pipeline.timesteps())
+    for batch, images in sample_batches(sampler_of(plan.pipeline, network), steps, indices, "sampling", observe):
         for index, image in zip(batch, images, strict=True):
             save_png(image, plan.folder / "img" / f"{index}.png")
         logger.info("images %d to %d", batch.start, batch.stop - 1)
@@ -184,47 +115,36 @@ def sample(plan: Plan, network: nn.Module) -> None:
             save_png(((state + 1) / 2).clamp(0, 1), plan.folder / "sequence" / f"{index}_{step:04d}.png")
 
 
-def check_structure(
-    plan: Plan, model: FloatModel, trajectories: Trajectories | None, weights: nn.Module | None
-) -> None:
-    """Raise ValueError where the recipe or the given weights do not fit the network, before the work begins."""
-    timesteps = plan.pipeline.timesteps() if trajectories is None else trajectories.timesteps
-    network = insert_quantizers(copy.deepcopy(model.network), plan.recipe, ADAPTER, timesteps)
-    if weights is None:
-        return
-    try:
-        take_weights(network, weights)
-    except ValueError as error:
-        reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
-        raise ValueError(f"--resume_w {plan.args.cali_ckpt}: {reason}") from error
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     plan = make_plan(args)
+    quantization, pipeline = plan.quantization, plan.pipeline
     if args.dry_run:
-        print_plan(plan.describe(), plan.recipe)
+        print_plan(plan.describe(), quantization.recipe)
         return
-    # Whatever can fail is read before anything is written, so that a bad file leaves no trace.
-    loaded, loaded_recipe = None, None
-    if args.ptq and args.cali_ckpt is not None:
-        loaded, loaded_recipe = load_calibrated(args, lambda: build_network(plan.config), ADAPTER)
-    model = load_float_model(args, plan.config) if plan.loads is None else None
-    trajectories = None
-    if plan.recipe is not None:
-        trajectories = calibration_data(plan)
-        check_structure(plan, model, trajectories, loaded)
+    inputs = read_inputs(
+        quantization, ADAPTER, lambda: build_network(plan.config), pipeline.shape, pipeline.timesteps()
+    )
+    model = load_float_model(args, plan.config) if quantization.loads is None else None
     plan = replace(plan, folder=new_folder(plan.folder))
     start_log(plan.folder, args.verbose)
-    label = bits_label(plan.recipe or loaded_recipe)
+    label = inputs.label(quantization)
     logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
     if args.cond:
         logger.warning("--cond: no effect, pixel models are unconditional")
     warn_without_effect(args)
-    if plan.recipe is not None:
-        network = calibrated(plan, model, trajectories, loaded)
-    else:
-        network = loaded if loaded is not None else model.network
+    network = inputs.loaded
+    if model is not None:
+        network = model.network.to(plan.device)
+    if quantization.recipe is not None:
+        provenance = {"sampling": pipeline.describe(), **model.describe()}
+        batch_size = plan.config.sampling.batch_size
+        network = calibrate_and_write(
+            *(quantization, inputs, ADAPTER, network),
+            lambda count: record(pipeline, model.network, count, batch_size),
+            plan.folder,
+            provenance,
+        )
     sample(plan, network.to(plan.device))
     print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
 

@@ -2,8 +2,9 @@
 
 from qdiff.adapters.base import Adapter
 from qdiff.adapters.ddim import DDIMAdapter
+from qdiff.adapters.ldm import LatentAdapter
 
-ADAPTERS: dict[str, Adapter] = {"ddim": DDIMAdapter()}
+ADAPTERS: dict[str, Adapter] = {"ddim": DDIMAdapter(), "ldm": LatentAdapter()}
 
 
 def adapter_for(family: str) -> Adapter:

@@ -31,8 +31,12 @@ class Adapter(Protocol):
     def num_timesteps(self, network: nn.Module) -> int:
         """T of the diffusion process the network was trained on."""
 
-    def start(self, network: nn.Module, x: Tensor, t: Tensor) -> Any:
-        """The chain's first state for inputs x [N, C, H, W] at timesteps t [N]."""
+    def conditioning(self, network: nn.Module, context: Tensor | None) -> dict[str, Tensor]:
+        """The keyword argument under which the network takes the conditioning of its inputs, if it has any: called as
+        network(x, t, **conditioning)."""
+
+    def start(self, network: nn.Module, x: Tensor, t: Tensor, context: Tensor | None = None) -> Any:
+        """The chain's first state for inputs x [N, C, H, W] at timesteps t [N] with conditioning [N, ...]."""
 
     def chain(self, network: nn.Module) -> list[Segment]:
         """The network's modules in the order in which it runs them."""
@@ -44,7 +48,7 @@ class Adapter(Protocol):
         """Float attention products by dotted name."""
 
     def middle_attention(self, network: nn.Module) -> str:
-        """The segment whose input is the deepest feature map (EDA-DM's density and variety)."""
+        """The segment before which the state's features are the deepest map (EDA-DM's density and variety)."""
 
     def time_layers(self, network: nn.Module) -> list[str]:
         """Layers that see only the timestep: each residual block's projection (QuEST's time-embedding layers)."""
@@ -52,5 +56,5 @@ class Adapter(Protocol):
     def published_name(self, quantizer: str) -> str:
         """The name that Q-Diffusion's checkpoints give an activation quantizer of ours."""
 
-    def published_softmax_kind(self, act_kind: str) -> str:
+    def published_softmax_kind(self, network: nn.Module, act_kind: str) -> str:
         """The grid kind of softmax outputs in Q-Diffusion's checkpoints, for activations of kind `act_kind`."""

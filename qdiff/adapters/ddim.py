@@ -26,8 +26,13 @@ class DDIMAdapter:
     def num_timesteps(self, network: DDPMUNet) -> int:
         return network.num_diffusion_timesteps
 
-    def start(self, network: DDPMUNet, x: Tensor, t: Tensor) -> State:
-        return network.start(x, t)
+    def conditioning(self, network: DDPMUNet, context: Tensor | None) -> dict[str, Tensor]:
+        if context is not None:
+            raise ValueError("pixel models are unconditional, found conditioning")
+        return {}
+
+    def start(self, network: DDPMUNet, x: Tensor, t: Tensor, context: Tensor | None = None) -> State:
+        return network.start(x, t, **self.conditioning(network, context))
 
     def chain(self, network: DDPMUNet) -> list[Segment]:
         return network.chain()
@@ -55,5 +60,5 @@ class DDIMAdapter:
     def published_name(self, quantizer: str) -> str:
         return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")
 
-    def published_softmax_kind(self, act_kind: str) -> str:
+    def published_softmax_kind(self, network: DDPMUNet, act_kind: str) -> str:
         return act_kind  # like every other activation: see `symmetric_softmax` in qdiff.spec.COMPAT

@@ -22,22 +22,21 @@ class Frontier:
 
     def __init__(self, network: nn.Module, adapter: Adapter, data: CalibrationSet, batch_size: int = 16) -> None:
         self.network, self.adapter = network, adapter
-        parameter = next(network.parameters())
-        x, t = data.x.to(parameter.device, parameter.dtype), data.t.to(parameter.device)
-        self._batches = list(zip(x.split(batch_size), t.split(batch_size), strict=True))
+        self._batches = list(data.to(next(network.parameters())).batches(batch_size))
         self._order = {segment.name: i for i, segment in enumerate(adapter.chain(network))}
         self._restart()
 
     def _restart(self) -> None:
         self._position = 0
-        self._states: list[Any] = [self.adapter.start(self.network, x, t) for x, t in self._batches]
+        start = self.adapter.start
+        self._states: list[Any] = [start(self.network, b.x, b.t, b.context) for b in self._batches]
 
     @torch.no_grad()
     def _advance(self) -> None:
         segment = self.adapter.chain(self.network)[self._position]
-        for i, (_, t) in enumerate(self._batches):
+        for i, batch in enumerate(self._batches):
             state = self._states[i]
-            self._states[i] = segment.write(state, self.run(segment.module, segment.read(state), t))
+            self._states[i] = segment.write(state, self.run(segment.module, segment.read(state), batch.t))
         self._position += 1
 
     def run(self, module: nn.Module, args: tuple[Tensor, ...], t: Tensor) -> Tensor:
@@ -73,5 +72,5 @@ class Frontier:
 
     def batches(self, segment: Segment) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """(module arguments, timesteps) of each batch at the segment the frontier stands before."""
-        for state, (_, t) in zip(self._states, self._batches, strict=True):
-            yield segment.read(state), t
+        for state, batch in zip(self._states, self._batches, strict=True):
+            yield segment.read(state), batch.t

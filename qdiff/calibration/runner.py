@@ -112,20 +112,25 @@ def calibrate(
     return run
 
 
-@torch.no_grad()
-def take_weights(network: nn.Module, source: nn.Module) -> None:
-    """Copy weight grids, codes and biases between two networks with quantizers.
-
-    Raises ValueError naming a layer whose grids or split differ.
-    """
+def check_weights(network: nn.Module, source: nn.Module) -> None:
+    """Raise ValueError naming a layer whose weight grids or split differ between two networks with quantizers."""
     theirs = quant_layers(source)
     for name, layer in quant_layers(network).items():
         given = theirs.get(name)
         found, needed = ("no layer" if it is None else _weight_form(it) for it in (given, layer))
         if found != needed:
             raise ValueError(f"{name}: the given weights have {found}, expected {needed}")
+
+
+@torch.no_grad()
+def take_weights(network: nn.Module, source: nn.Module) -> None:
+    """Copy weight grids, codes and biases between two networks with quantizers. Raises what `check_weights` raises."""
+    check_weights(network, source)
+    theirs = quant_layers(source)
+    for name, layer in quant_layers(network).items():
         if not layer.weight_quantizers:
             continue
+        given = theirs[name]
         for quantizer, grid in zip(layer.weight_quantizers, given.weight_quantizers, strict=True):
             quantizer.set_grid(grid.scale, grid.zero_point)
         if layer.bias is not None:
@@ -145,7 +150,7 @@ def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -
     layers = {n: m for n, m in quant_layers(run.network).items() if m.weight_quantizers}
     run.progress.start("weight ranges", len(layers))
     for name, layer in layers.items():
-        run.bases[name] = run.float_network.get_submodule(name).weight.detach().clone()
+        run.bases[name] = run.float_network.get_submodule(name).weight.detach()  # replaced later, never written to
         for part, quantizer in zip(layer.slices, layer.weight_quantizers, strict=True):
             rows = run.bases[name][:, part].reshape(quantizer.scale.shape[0], -1)
             ends = find(rows, quantizer.spec)
@@ -173,15 +178,15 @@ def find_activation_ranges(run: Calibration, stage: ActivationRanges, number: in
     softmax = {n: q for n, q in quantizers.items() if n.endswith("act_quantizer_w") and stage.softmax is not None}
     others = {n: q for n, q in quantizers.items() if n not in softmax}
     raw_min = "raw_min_range" in run.recipe.compat
-    data = _range_states(run, stage)
-    batches = list(zip(data.x.split(stage.range.batch_size), data.t.split(stage.range.batch_size), strict=True))
+    batches = list(_range_states(run, stage).batches(stage.range.batch_size))
     plain = RangeObserver(stage.range, run.generator, raw_min)
     special = RangeObserver(stage.softmax or stage.range, run.generator, raw_min)
     parameter = next(run.network.parameters())
     run.progress.start("activation ranges", len(batches))
     with observing(others.values(), plain), observing(softmax.values(), special):
-        for x, t in batches:
-            run.network(x.to(parameter.device, parameter.dtype), t.to(parameter.device))
+        for batch in batches:
+            batch = batch.to(parameter)
+            run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
             run.progress.advance()
     plain.finish(others.items())
     special.finish(softmax.items())

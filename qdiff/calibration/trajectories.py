@@ -19,6 +19,7 @@ from torch import Tensor
 from qdiff.files import load_pickle, save_safetensors
 
 FORMAT = "qdiff-trajectories-1"
+CONDITIONING = ("cs", "ucs")  # the original's names of conditional and unconditional embeddings
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ class Recorder:
         self.ts: list[Tensor] = []
 
     def add(self, call) -> None:
-        """call: anything with x [N, C, H, W] and t [N]."""
+        """call: anything with x [N, C, H, W], t [N] and the sampler's step. Of a step's calls the first is kept."""
+        if call.step < len(self.xs):  # PLMS asks twice in its first step
+            return
         self.xs.append(call.x.detach().cpu().clone())
         self.ts.append(call.t.detach().cpu().clone())
 
-    def trajectories(self) -> Trajectories:
-        """What has been collected."""
-        return Trajectories(tuple(self.xs), tuple(self.ts), {})
+    def trajectories(self, **conditioning: Tensor) -> Trajectories:
+        """What has been collected. conditioning: cs and ucs of the samples, [N, ...], the same at every step."""
+        extra = {key: (value.detach().cpu(),) * len(self.xs) for key, value in conditioning.items()}
+        return Trajectories(tuple(self.xs), tuple(self.ts), extra)
 
 
 def concatenate(parts: Iterable[Trajectories]) -> Trajectories:
@@ -72,10 +76,22 @@ def concatenate(parts: Iterable[Trajectories]) -> Trajectories:
         raise ValueError(f"trajectories of different lengths: {sorted({part.steps for part in parts})} steps")
 
     def join(columns: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if all(_constant(column) for column in columns):  # keep it one tensor: embeddings are large
+            return (torch.cat([column[0] for column in columns]),) * len(columns[0])
         return tuple(torch.cat(step) for step in zip(*columns, strict=True))
 
     extra = {key: join([part.extra[key] for part in parts]) for key in parts[0].extra}
     return Trajectories(join([part.xs for part in parts]), join([part.ts for part in parts]), extra)
+
+
+def _constant(column: tuple[Tensor, ...]) -> bool:
+    """Whether a column is one tensor, the same for every step."""
+    return all(step is column[0] for step in column)
+
+
+def _stacked(column: tuple[Tensor, ...]) -> Tensor:
+    """[S, ...]; for a column that is one tensor a view of it, which torch.save stores once."""
+    return column[0].expand(len(column), *column[0].shape) if _constant(column) else torch.stack(column)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -86,7 +102,8 @@ def shard_path(folder: Path, index: int) -> Path:
 def save_shard(trajectories: Trajectories, path: Path, provenance: dict) -> None:
     """Write one native shard atomically, format and provenance as JSON in its metadata under "qdiff"."""
     tensors = {"xs": torch.stack(trajectories.xs), "ts": torch.stack(trajectories.ts)}
-    tensors |= {key: torch.stack(column) for key, column in trajectories.extra.items()}
+    for key, column in trajectories.extra.items():  # one step stands for all where they are the same
+        tensors[key] = column[0][None].contiguous() if _constant(column) else torch.stack(column)
     about = {"format": FORMAT, "provenance": provenance}
     save_safetensors(tensors, path, {"qdiff": json.dumps(about, sort_keys=True)})
 
@@ -161,7 +178,9 @@ def _checked(content: Any, path: Path) -> Trajectories:
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         found = sorted(map(str, content))[:4] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected calibration data with xs and ts, found {found}")
-    columns = {key: _steps(content[key], key, path) for key in ("xs", "ts", "cs", "ucs") if key in content}
+    columns = {key: _steps(content[key], key, path) for key in ("xs", "ts", *CONDITIONING) if key in content}
+    steps = len(columns["xs"])
+    columns |= {key: columns[key] * steps for key in CONDITIONING if key in columns and len(columns[key]) == 1}
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) != 1 or not columns["xs"]:
         raise ValueError(f"{path}: expected as many steps in every column, found {lengths}")
@@ -172,6 +191,10 @@ def _checked(content: Any, path: Path) -> Trajectories:
             )
         if not (x.isfinite().all() and t.isfinite().all()):
             raise ValueError(f"{path}: expected finite calibration states, found infinite or undefined values")
+    for key in CONDITIONING:
+        for c, x in zip(columns.get(key, ()), columns["xs"], strict=False):
+            if c.dim() == 0 or len(c) != len(x):
+                raise ValueError(f"{path}: expected {key} of {len(x)} samples, found shape {tuple(c.shape)}")
     return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
 
 
@@ -186,4 +209,4 @@ def _steps(column: Any, key: str, path: Path) -> tuple[Tensor, ...]:
 def original_layout(trajectories: Trajectories) -> dict[str, Tensor]:
     """The dictionary that the original toolkit reads with `torch.load`: stacked xs, ts (and cs, ucs)."""
     columns = {"xs": trajectories.xs, "ts": trajectories.ts, **trajectories.extra}
-    return {key: torch.stack(column) for key, column in columns.items()}
+    return {key: _stacked(column) for key, column in columns.items()}

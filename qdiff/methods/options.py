@@ -25,7 +25,9 @@ class MethodOptions:
     act_rate: float | None = None  # --cali_lr
     loss_p: float | None = None  # --cali_p
     running_stat: bool = False
+    softmax_running_stat: bool = False  # --rs_sm_only
     weight_range: str | None = None  # range finder of weights
     act_range: str | None = None  # range finder of activations
     rounding_start: str = "nearest"
     compat: tuple[str, ...] = ()
+    family: str = "pixel"  # whose published settings a method takes: "pixel", "latent", or "text" (Stable Diffusion)

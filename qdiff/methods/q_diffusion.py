@@ -1,4 +1,4 @@
-"""Q-Diffusion (arXiv 2302.04304), as published for the pixel models: docs/methods.md says where each number is from."""
+"""Q-Diffusion (arXiv 2302.04304), as published: docs/methods.md says where each number is from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recipe(options: MethodOptions) -> Recipe:
     `rounding_start="gptq"` starts stage W from error-compensated rounding, which the paper does not have.
     """
     batch_size = options.batch_size or 32
-    stages = [WeightRanges(RangeSpec(options.weight_range or "minmax"))]
+    stages = [WeightRanges(RangeSpec(options.weight_range or _finder(options)))]
     if options.rounding_start == "gptq":
         stages.append(Compensate())
     stages.append(
@@ -50,10 +50,25 @@ def recipe(options: MethodOptions) -> Recipe:
     return Recipe("q-diffusion", selector=selector(options, 20, 256), stages=tuple(stages), **grids(options))
 
 
+def _finder(options: MethodOptions) -> str:
+    """Ranges of the pixel models are minimum and maximum, those of the latent ones the L2.4 search (methods §1.1)."""
+    return "minmax" if options.family == "pixel" else "shrink"
+
+
 def _activation_ranges(options: MethodOptions) -> ActivationRanges:
-    """From 64 random states, or with --running_stat a moving average over all of them (methods §1.1, B4, B5)."""
-    finder = options.act_range or "minmax"
+    """From a few states, or with running statistics a moving average over all of them (methods §1.1, B4, B5).
+
+    Without running statistics the ranges come from 64 states (16 for Stable Diffusion), drawn at random, or for the
+    other latent models spread over the steps; the original takes these from one step only (B4).
+    """
+    finder, size = options.act_range or _finder(options), 16 if options.family == "text" else 64
+    first = RangeSpec(finder, aggregate="first", prefix="quantized", batch_size=size)
+    moving = RangeSpec(finder, aggregate="ema", prefix="quantized", batch_size=size)
+    if options.softmax_running_stat:
+        return ActivationRanges(first, softmax=moving)
     if options.running_stat:
-        return ActivationRanges(RangeSpec(finder, aggregate="ema", prefix="quantized", batch_size=64))
-    first = RangeSpec(finder, aggregate="first", prefix="quantized", batch_size=64)
-    return ActivationRanges(first, inputs="random", samples=64)
+        return ActivationRanges(moving)
+    inputs = "stratified" if options.family == "latent" else "random"
+    if "first_step_ranges" in options.compat and options.family == "latent":
+        inputs = "first"
+    return ActivationRanges(first, inputs=inputs, samples=size)

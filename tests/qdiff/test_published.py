@@ -50,6 +50,11 @@ EXPRESSIBLE = [
 FLAGS = {"weight_bits": 4, "act_bits": 8, "symmetric": True, "softmax_bits": 8, "split": True}
 
 
+def recipe_of(adapter, **changes):
+    """The recipe that the golden case's flags describe; the pixel adapter asks no network for it."""
+    return published_recipe(**{**FLAGS, **changes}, adapter=adapter, network=None)
+
+
 def relative(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
@@ -93,7 +98,7 @@ def test_golden_predictions_in_float64(case, case_network, case_io, golden, adap
     """The file holds all it needs, so what the network held before does not matter."""
     if start == "random weights":
         case_network = DDPMUNet(**case["config"]).eval()
-    recipe = published_recipe(**{**FLAGS, "act_bits": act_bits}, adapter=adapter)
+    recipe = recipe_of(adapter, act_bits=act_bits)
     network, _ = load_published(golden, case_network, adapter, recipe)
     with torch.no_grad():
         found = to_double(network)(case_io["x"].double(), case_io["t"])
@@ -113,7 +118,7 @@ def with_zero_alphas(golden, path):
 def test_codes_are_those_of_the_format(golden, case_network, adapter, tmp_path, change):
     """Decoded here by the formula of formats §2, clip(floor(w / delta) + (alpha >= 0) + z, 0, 15)."""
     golden = golden if change is None else change(golden, tmp_path / "ckpt.pth")
-    network, _ = load_published(golden, case_network, adapter, published_recipe(**FLAGS, adapter=adapter))
+    network, _ = load_published(golden, case_network, adapter, recipe_of(adapter))
     layers, decoded = quant_layers(network), decode(golden, 4)
     assert layers.keys() == decoded.keys()
     for name, codes in decoded.items():
@@ -186,13 +191,13 @@ def test_a_flag_that_contradicts_the_file_names_both(
 ):
     path = golden if change is None else change(golden, tmp_path / "ckpt.pth")
     with pytest.raises(ValueError) as error:
-        load_published(path, case_network, adapter, published_recipe(**{**FLAGS, **flags}, adapter=adapter))
+        load_published(path, case_network, adapter, recipe_of(adapter, **flags))
     one_line(error, f"{flag}: contradicts {path}", found)
 
 
 def test_a_weights_only_file_loads_without_activations(golden, case_network, case_io, adapter, tmp_path):
     path = without_activations(golden, tmp_path / "ckpt.pth")
-    recipe = published_recipe(**{**FLAGS, "act_bits": None}, adapter=adapter)
+    recipe = recipe_of(adapter, act_bits=None)
     network, _ = load_published(path, case_network, adapter, recipe)
     with torch.no_grad():
         assert relative(to_double(network)(case_io["x"].double(), case_io["t"]), case_io["eps_w"]) < 1e-9
@@ -245,9 +250,7 @@ def test_a_written_file_comes_back_bit_for_bit(
 ):
     network, path = quantized(recipe), tmp_path / "ckpt.pth"
     save_published(path, network, adapter, recipe, float_weights(32) if float_base else None)
-    flags = replace(
-        published_recipe(**FLAGS, adapter=adapter), weights=recipe.weights, split_shortcuts=recipe.split_shortcuts
-    )
+    flags = replace(recipe_of(adapter), weights=recipe.weights, split_shortcuts=recipe.split_shortcuts)
     flags = replace(flags, activations=recipe.activations)
     found, own = load_published(path, make_network(32, seed=5), adapter, flags)
     assert own == recipe
@@ -274,7 +277,7 @@ def test_the_formula_of_the_format_gives_the_codes(quantized, adapter, float_wei
 
 
 def test_keys_are_those_of_the_golden_file(golden, case_network, adapter, tmp_path):
-    recipe = published_recipe(**FLAGS, adapter=adapter)
+    recipe = recipe_of(adapter)
     network, _ = load_published(golden, case_network, adapter, recipe)
     mine, theirs = published_state(network, adapter, recipe), torch.load(golden, weights_only=True)
     assert mine.keys() == theirs.keys()
@@ -299,7 +302,7 @@ def test_float_weights_are_written_unchanged_wherever_alpha_can_say_the_code(qua
 def test_a_golden_file_written_again_gives_the_same_codes_and_outputs(
     case, case_network, case_layers, case_io, golden, adapter, assert_same_numbers, tmp_path
 ):
-    flags, path = published_recipe(**FLAGS, adapter=adapter), tmp_path / "again.pth"
+    flags, path = recipe_of(adapter), tmp_path / "again.pth"
     network, recipe = load_published(golden, case_network, adapter, flags)
     save_published(path, network, adapter, recipe, case_layers)
     again, own = load_published(path, DDPMUNet(**case["config"]), adapter, flags)
@@ -317,7 +320,7 @@ def test_a_golden_file_written_again_gives_the_same_codes_and_outputs(
 def test_an_unsigned_softmax_survives_beside_signed_activations(quantized, make_network, adapter, tmp_path):
     path = tmp_path / "ckpt.pth"
     save_published(path, quantized(W4A8), adapter, W4A8)
-    network, _ = load_published(path, make_network(32), adapter, published_recipe(**FLAGS, adapter=adapter))
+    network, _ = load_published(path, make_network(32), adapter, recipe_of(adapter))
     kinds = {q.spec.kind for n, q in act_quantizers(network).items() if n.endswith("act_quantizer_w")}
     assert kinds == {"unsigned"}
 
@@ -326,7 +329,7 @@ def test_the_activations_of_a_file_of_ours_can_be_left_out(quantized, make_netwo
     path = tmp_path / "ckpt.pth"
     network = quantized(W4A8)
     save_published(path, network, adapter, W4A8)
-    flags = published_recipe(**{**FLAGS, "act_bits": None}, adapter=adapter)
+    flags = recipe_of(adapter, act_bits=None)
     found, own = load_published(path, make_network(32), adapter, flags)
     assert own == replace(W4A8, activations=None) and not act_quantizers(found)
     for quantizer in act_quantizers(network).values():
@@ -350,7 +353,7 @@ def test_the_activations_of_a_file_of_ours_can_be_left_out(quantized, make_netwo
 )
 def test_the_flags_for_the_original_code(adapter, recipe, flags):
     """With --a_sym its softmax is signed: an unsigned grid of 8 bits is the upper half of a signed one of 9."""
-    assert original_flags(recipe, adapter) == flags
+    assert original_flags(recipe, adapter, None) == flags
 
 
 # What the format cannot express
@@ -476,7 +479,7 @@ def test_other_files_are_refused_in_one_line(golden, case_network, adapter, tmp_
     path = tmp_path / "ckpt.pth"
     write(path, golden)
     with pytest.raises(ValueError) as error:
-        load_published(path, case_network, adapter, published_recipe(**FLAGS, adapter=adapter))
+        load_published(path, case_network, adapter, recipe_of(adapter))
     one_line(error, str(path))
     assert re.search(message, str(error.value)), str(error.value)
 
@@ -495,10 +498,10 @@ def test_a_recipe_inside_a_file_that_cannot_be_read_is_an_error(golden, tmp_path
 def test_a_network_of_another_architecture_is_refused(case, golden, adapter, change):
     network = DDPMUNet(**{**case["config"], **change})
     with pytest.raises(ValueError) as error:
-        load_published(golden, network, adapter, published_recipe(**FLAGS, adapter=adapter))
+        load_published(golden, network, adapter, recipe_of(adapter))
     one_line(error, f"{golden}: expected a checkpoint of this architecture")
 
 
 def test_a_missing_file_is_named(case_network, adapter, tmp_path):
     with pytest.raises(FileNotFoundError, match="ckpt.pth: no such Q-Diffusion checkpoint"):
-        load_published(tmp_path / "ckpt.pth", case_network, adapter, published_recipe(**FLAGS, adapter=adapter))
+        load_published(tmp_path / "ckpt.pth", case_network, adapter, recipe_of(adapter))

@@ -21,8 +21,9 @@ from qdiff.calibration.trajectories import (
 
 @dataclass
 class Call:
-    x: torch.Tensor
+    step: int
     t: torch.Tensor
+    x: torch.Tensor
 
 
 def some(samples=2, steps=3, seed=0, **extra):
@@ -40,8 +41,8 @@ def assert_equal(mine, theirs):
 
 def test_a_recorder_keeps_every_call_apart_from_what_becomes_of_its_tensors():
     recorder, x = Recorder(), torch.zeros(2, 3, 4, 4)
-    for t in (800.0, 400.0):
-        recorder.add(Call(x, torch.full((2,), t)))
+    for step, t in enumerate((800.0, 400.0)):
+        recorder.add(Call(step, torch.full((2,), t), x))
         x += 1
     found = recorder.trajectories()
     assert (found.steps, found.samples) == (2, 2)

@@ -1,0 +1,69 @@
+"""The U-Net of latent diffusion models and Stable Diffusion v1: plain attention or spatial transformers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from ddim.attention import DotProductAttention
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.blocks import ResBlock
+from ldm.modules.diffusionmodules.chain import LatentState, Segment
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+# Options that change how a network is trained, not what it computes.
+WITHOUT_EFFECT = ("image_size", "dropout", "use_checkpoint", "use_fp16", "legacy", "dims", "n_embed")
+
+
+class LatentAdapter:
+    """See `qdiff.adapters.base.Adapter`."""
+
+    family = "ldm"
+
+    def build(self, config: dict[str, Any]) -> UNetModel:
+        return UNetModel(**{"image_size": 0, **config}).eval()
+
+    def config_of(self, network: UNetModel) -> dict[str, Any]:
+        return {key: value for key, value in network.config.items() if key not in WITHOUT_EFFECT}
+
+    def num_timesteps(self, network: UNetModel) -> int:
+        return network.num_diffusion_timesteps
+
+    def conditioning(self, network: UNetModel, context: Tensor | None) -> dict[str, Tensor]:
+        return {} if context is None else {"context": context}
+
+    def start(self, network: UNetModel, x: Tensor, t: Tensor, context: Tensor | None = None) -> LatentState:
+        return network.start(x, t, **self.conditioning(network, context))
+
+    def chain(self, network: UNetModel) -> list[Segment]:
+        return network.chain()
+
+    def split_boundaries(self, network: UNetModel) -> dict[str, int]:
+        return {
+            f"{name}.skip_connection": block.shortcut_boundary
+            for name, block in network.named_modules()
+            if isinstance(block, ResBlock)
+            and block.shortcut_boundary is not None
+            and isinstance(block.skip_connection, nn.Conv2d)
+        }
+
+    def attention_products(self, network: UNetModel) -> dict[str, nn.Module]:
+        return {name: m for name, m in network.named_modules() if isinstance(m, DotProductAttention)}
+
+    def middle_attention(self, network: UNetModel) -> str:
+        transformer = isinstance(network.middle_block[1], SpatialTransformer)
+        return "middle_block.1.proj_in" if transformer else "middle_block.1"
+
+    def time_layers(self, network: UNetModel) -> list[str]:
+        return [f"{name}.emb_layers.1" for name, m in network.named_modules() if isinstance(m, ResBlock)]
+
+    def published_name(self, quantizer: str) -> str:
+        if ".transformer_blocks." in quantizer:
+            return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")
+        quantizer = re.sub(r"\.attention\.(act_quantizer_[qk])$", r".attention.qkv_matmul.\1", quantizer)
+        return re.sub(r"\.attention\.(act_quantizer_[vw])$", r".attention.smv_matmul.\1", quantizer)
+
+    def published_softmax_kind(self, network: UNetModel, act_kind: str) -> str:
+        return "signed" if act_kind == "signed" and network.config["use_spatial_transformer"] else "unsigned"

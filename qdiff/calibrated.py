@@ -1,0 +1,237 @@
+"""From the quantization flags to a calibrated network: load one, or calibrate one and write it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.adapters import Adapter
+from qdiff.calibration.runner import Calibration, calibrate, check_weights
+from qdiff.calibration.selectors import select
+from qdiff.calibration.trajectories import Trajectories, load_trajectories
+from qdiff.checkpoints import load_checkpoint, save_checkpoint
+from qdiff.commandline import BarProgress, bits_label, chosen_recipe, method_options
+from qdiff.layers import act_quantizers, quant_layers
+from qdiff.methods import for_given_weights
+from qdiff.published import (
+    load_published,
+    original_flags,
+    original_softmax_bits,
+    published_recipe,
+    save_published,
+)
+from qdiff.spec import Recipe
+from qdiff.surgery import insert_quantizers, softmax_spec
+
+logger = logging.getLogger(__name__)
+# Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
+QUANTIZING = ("cali_ckpt", "recipe", "method", "resume", "resume_w", "quant_act", "weight_bit")
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What the flags ask for: `recipe` calibrates (None: nothing is calibrated), `loads` is the checkpoint that is
+    used as it is."""
+
+    args: argparse.Namespace
+    recipe: Recipe | None
+    loads: Path | None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for --dry_run."""
+        args = self.args
+        return {
+            "calibrated_checkpoint": None if args.cali_ckpt is None else str(args.cali_ckpt),
+            "calibration_data": None if self.recipe is None else str(args.cali_data_path or "made by this run"),
+        }
+
+
+def plan_quantization(args: argparse.Namespace, steps: int, steps_flag: str) -> QuantizationPlan:
+    """Check the flags against one another. steps: of the sampler, that `steps_flag` asks for.
+
+    Raises ValueError naming the flag at fault.
+    """
+    for flag in QUANTIZING:
+        if not args.ptq and getattr(args, flag):
+            raise ValueError(f"--{flag}: quantizes, so it needs --ptq")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume, --resume_w: one loads everything, the other the weights; give one of them")
+    if (args.resume or args.resume_w) and args.cali_ckpt is None:
+        raise ValueError(f"--resume{'_w' * args.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
+    if args.resume_w and not args.quant_act:
+        raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
+    if not args.ptq:
+        return QuantizationPlan(args, None, None)
+    recipe = chosen_recipe(args)
+    if args.cali_ckpt is not None and not args.resume_w:
+        return QuantizationPlan(args, None, args.cali_ckpt)
+    if args.resume_w:
+        recipe = for_given_weights(recipe)
+    if args.cali_data_path is None and recipe.selector.steps > steps:
+        raise ValueError(f"--cali_st {recipe.selector.steps}: {steps_flag} makes only {steps} steps")
+    return QuantizationPlan(args, recipe, None)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it writes anything, so that a bad file leaves no trace."""
+
+    loaded: nn.Module | None  # the calibrated network of --cali_ckpt
+    recipe: Recipe | None  # its recipe
+    trajectories: Trajectories | None  # of --cali_data_path
+
+    def label(self, plan: QuantizationPlan) -> str:
+        """W4A8 and the like."""
+        return bits_label(plan.recipe or self.recipe)
+
+
+def read_inputs(
+    plan: QuantizationPlan,
+    adapter: Adapter,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    timesteps: Tensor,
+    conditional: bool = False,
+) -> Inputs:
+    """Read and check the files that the flags name, and whether the recipe fits the network.
+
+    build: makes the float network of the configuration (its weights do not matter); shape: (C, H, W) of its input;
+    timesteps: [S] of the sampler; conditional: the network takes conditioning. Raises FileNotFoundError, or
+    ValueError naming the flag and the file.
+    """
+    args, loaded, recipe, trajectories = plan.args, None, None, None
+    if args.ptq and args.cali_ckpt is not None:
+        loaded, recipe = load_calibrated(args, build, adapter)
+    if plan.recipe is None:
+        return Inputs(loaded, recipe, None)
+    if args.cali_data_path is not None:
+        trajectories = load_trajectories(args.cali_data_path, shape)
+        _check_conditioning(trajectories, conditional, args.cali_data_path)
+        select(trajectories, plan.recipe.selector)
+        timesteps = trajectories.timesteps
+    with torch.device("meta"):
+        network = build()
+    insert_quantizers(network, plan.recipe, adapter, timesteps)
+    if loaded is not None:
+        try:
+            check_weights(network, loaded)
+        except ValueError as error:
+            reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
+            raise ValueError(f"--resume_w {args.cali_ckpt}: {reason}") from error
+    return Inputs(loaded, recipe, trajectories)
+
+
+def _check_conditioning(trajectories: Trajectories, conditional: bool, path: Path) -> None:
+    if conditional and "cs" not in trajectories.extra:
+        raise ValueError(f"{path}: expected calibration data with conditioning (cs, ucs), found none")
+    if not conditional and trajectories.extra:
+        raise ValueError(f"{path}: has conditioning (cs, ucs), but the network takes none")
+
+
+def calibrate_and_write(
+    plan: QuantizationPlan,
+    inputs: Inputs,
+    adapter: Adapter,
+    float_network: nn.Module,
+    record: Callable[[int], Trajectories],
+    folder: Path,
+    provenance: dict[str, Any],
+) -> nn.Module:
+    """Calibrate by the plan's recipe and write ckpt.safetensors and ckpt.pth into `folder`; return the network.
+
+    record: count -> float sampling states of that many samples, where the flags name no file of them.
+    """
+    trajectories = inputs.trajectories or record(plan.recipe.selector.per_step)
+    run = calibrate(
+        float_network,
+        adapter,
+        plan.recipe,
+        select(trajectories, plan.recipe.selector),
+        plan.args.seed,
+        trajectories.timesteps,
+        BarProgress(),
+        weights_from=inputs.loaded,
+    )
+    write_calibrated(folder, run, trajectories.timesteps, {"seed": plan.args.seed, **provenance})
+    return run.network
+
+
+def load_calibrated(
+    args: argparse.Namespace, build: Callable[[], nn.Module], adapter: Adapter
+) -> tuple[nn.Module, Recipe]:
+    """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
+
+    build: makes the float network of the configuration (its weights do not matter). The recipe is what the network
+    uses: without activations where they stay float. Raises FileNotFoundError, or ValueError naming the flag and the
+    file where they contradict each other, or what is wrong with the file.
+    """
+    path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
+    if not path.is_file():
+        raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
+    if path.suffix == ".safetensors":
+        return _load_native(args, path, build, activations)
+    options = method_options(args)
+    bits = options.act_bits if activations else None
+    network = build()
+    flags = (options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split)
+    network, found = load_published(path, network, adapter, published_recipe(*flags, adapter, network))
+    _check_given_flags(args, path, found, adapter, network)  # a file of ours brings its own recipe
+    return network, found
+
+
+def _load_native(
+    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], activations: bool
+) -> tuple[nn.Module, Recipe]:
+    found = load_checkpoint(path)
+    with torch.device("meta"):
+        expected = found.adapter.config_of(build())
+    config = found.adapter.config_of(found.network)
+    for key in expected:
+        if config.get(key) != expected[key] and key != "dropout":
+            raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
+    recipe = found.recipe
+    if activations and recipe.activations is None:
+        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
+    if not activations:
+        recipe = replace(recipe, activations=None, softmax=None)
+        for quantizer in act_quantizers(found.network).values():
+            quantizer.enabled = False
+    _check_given_flags(args, path, recipe, found.adapter, found.network)
+    return found.network, recipe
+
+
+def _check_given_flags(
+    args: argparse.Namespace, path: Path, recipe: Recipe, adapter: Adapter, network: nn.Module
+) -> None:
+    """A file with its recipe knows its own bits and grids: flags may be left out, those given must agree."""
+    held = [("weight_bit", args.weight_bit, (recipe.weights.bits,))]
+    if recipe.activations is not None:
+        held.append(("act_bit", args.act_bit, (recipe.activations.bits,)))
+        softmax_bits = (softmax_spec(recipe).bits, original_softmax_bits(recipe, adapter, network))
+        held.append(("sm_abit", args.sm_abit, softmax_bits))
+        if args.a_sym and recipe.activations.kind != "signed":
+            raise ValueError(f"--a_sym: contradicts {path}, whose activations are not symmetric")
+    for flag, given, has in held:
+        if given is not None and given not in has:
+            raise ValueError(f"--{flag} {given}: contradicts {path}, which has {has[0]} bits")
+    if args.split and not recipe.split_shortcuts:
+        raise ValueError(f"--split: contradicts {path}, whose shortcuts are not split")
+
+
+def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
+    """Write ckpt.safetensors and, where the original's format can express the result, ckpt.pth into a run's folder."""
+    save_checkpoint(folder / "ckpt.safetensors", run.network, run.adapter, run.recipe, timesteps, provenance)
+    float_weights = {n: run.float_network.get_submodule(n).weight.detach() for n in quant_layers(run.network)}
+    try:
+        save_published(folder / "ckpt.pth", run.network, run.adapter, run.recipe, float_weights)
+    except ValueError as error:
+        logger.warning("no ckpt.pth: %s", error)
+        return
+    logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter, run.network))

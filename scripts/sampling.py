@@ -1,0 +1,89 @@
+"""What the sampling scripts share: batches of image indices, progress, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from qdiff.calibration.trajectories import Recorder, Trajectories
+from qdiff.commandline import new_folder
+from qdiff.files import write_text
+
+# Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
+FIRST_CALIBRATION_IMAGE = 2**31
+CONFIG_NAME = "sampling_config.yaml"
+
+Observer = Callable[[Any], None]  # is shown every network call
+Sample = Callable[[range, Observer], Tensor]  # (image indices, observer) -> their images or latents
+
+
+def batches(first: int, count: int, size: int) -> Iterator[range]:
+    """Image indices first ... first + count - 1 in batches of `size`."""
+    for start in range(first, first + count, size):
+        yield range(start, min(start + size, first + count))
+
+
+def sample_batches(
+    sample: Sample,
+    steps: int,
+    indices: Sequence[range],
+    title: str,
+    observe: Callable[[range], Observer | None] | None = None,
+) -> Iterator[tuple[range, Tensor]]:
+    """(image indices, what `sample` gives for them on the CPU) of each batch, under one progress bar.
+
+    steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls.
+    """
+    with tqdm(total=len(indices) * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
+        for number, batch in enumerate(indices):
+            watch = None if observe is None else observe(batch)
+
+            def tick(call, number=number, watch=watch) -> None:
+                bar.update(number * steps + call.step + 1 - bar.n)
+                if watch is not None:
+                    watch(call)
+
+            yield batch, sample(batch, tick).cpu()
+
+
+def record_batches(
+    sample: Sample,
+    steps: int,
+    indices: Sequence[range],
+    conditioning: Callable[[range], dict[str, Tensor]] = lambda batch: {},
+) -> Iterator[tuple[range, Trajectories]]:
+    """(image indices, float sampling states) of each batch of seeds. conditioning: batch -> its cs and ucs."""
+    recorders: dict[range, Recorder] = {}
+
+    def observe(batch: range) -> Observer:
+        recorders[batch] = Recorder()
+        return recorders[batch].add
+
+    for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe):
+        yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
+
+
+def open_run(parent: Path, description: dict[str, Any], wanted: Callable[[Path], list[Path]]) -> tuple[Path, bool]:
+    """(folder of this run, whether it was begun earlier).
+
+    The newest folder in `parent` whose description is the same and in which files that are `wanted` are missing is
+    gone on with; else a new one is made, named after date and time. The description is kept as sampling_config.yaml.
+    """
+    text = yaml.safe_dump(description, sort_keys=False, width=100, allow_unicode=True)
+    for config in sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True):
+        same = config.read_text(encoding="utf8") == text
+        if same and not all(path.exists() for path in wanted(config.parent)):
+            return config.parent, True
+    folder = new_folder(parent)
+    write_text(folder / CONFIG_NAME, text)
+    return folder, False
+
+
+def missing_batches(indices: Sequence[range], path_of: Callable[[int], Path]) -> list[range]:
+    """The batches of which an image is not there yet: whole ones, so that images do not depend on interruptions."""
+    return [batch for batch in indices if not all(path_of(index).exists() for index in batch)]
