@@ -33,15 +33,16 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions with the time embedding between them, around a shortcut.
 
-    In the up path the input is concat([features, skip]) with `in_channels` and `skip_channels` channels;
-    `shortcut_boundary` is then the number of feature channels, and None elsewhere.
+    `temb_channels` is None in a network without time, which has no projection of it. In the up path the input is
+    concat([features, skip]) with `in_channels` and `skip_channels` channels; `shortcut_boundary` is then the number
+    of feature channels, and None elsewhere.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        temb_channels: int,
+        temb_channels: int | None,
         dropout: float,
         conv_shortcut: bool,
         skip_channels: int = 0,
@@ -51,7 +52,7 @@ class ResnetBlock(nn.Module):
         self.shortcut_boundary: int | None = in_channels if skip_channels else None
         self.norm1 = group_norm(joined)
         self.conv1 = nn.Conv2d(joined, out_channels, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.temb_proj = None if temb_channels is None else nn.Linear(temb_channels, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -63,10 +64,13 @@ class ResnetBlock(nn.Module):
             self.shortcut_name = "nin_shortcut"
             self.nin_shortcut = nn.Conv2d(joined, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x: [N, in_channels + skip_channels, H, W]; temb: [N, temb_channels]. Returns [N, out_channels, H, W]."""
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """x: [N, in_channels + skip_channels, H, W]; temb: [N, temb_channels], or None as the
+        constructor's. Returns [N, out_channels, H, W].
+        """
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        if self.temb_proj is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
         return shortcut + h
