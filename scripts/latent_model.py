@@ -1,0 +1,248 @@
+"""What the scripts of the latent models share: the float model, conditioning, a run from its plan to its images."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from conditioning import Conditioner, Entry, calibration_conditioner, digest_of, is_conditional
+from omegaconf import DictConfig, OmegaConf
+from sampling import (
+    FIRST_CALIBRATION_IMAGE,
+    Sample,
+    batches,
+    missing_batches,
+    open_run,
+    record_batches,
+    sample_batches,
+)
+from torch import Tensor, nn
+
+from ddim.images import save_png
+from ddim.pretrained import sha256
+from ddim.samplers import to_images
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.pipeline import Pipeline
+from ldm.pretrained import build_network, load_model
+from ldm.schedules import beta_schedule
+from qdiff.adapters import adapter_for
+from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs
+from qdiff.calibration.trajectories import Trajectories, concatenate
+from qdiff.checkpoints import load_checkpoint
+from qdiff.commandline import print_plan, start_log, warn_without_effect
+from qdiff.files import write_text
+
+logger = logging.getLogger(__name__)
+ADAPTER = adapter_for("ldm")
+
+
+def downsampling(config: DictConfig) -> int:
+    """Pixels per latent along an axis."""
+    params = config.model.params.first_stage_config.get("params") or {}
+    return 2 ** (len(params["ddconfig"]["ch_mult"]) - 1) if "ddconfig" in params else 1
+
+
+def latent_size(args: argparse.Namespace, config: DictConfig) -> tuple[int, int]:
+    """(h, w) of the latents. Raises ValueError where --H, --W, --C or --f do not fit the model."""
+    params = config.model.params
+    own_sizes = {"C": params.channels, "f": downsampling(config)}
+    for flag, own in own_sizes.items():
+        given = getattr(args, flag, None)
+        if given not in (None, own):
+            raise ValueError(f"--{flag} {given}: the model has {own}")
+    factor = downsampling(config)
+    step = factor * 2 ** (len(params.unet_config.params.channel_mult) - 1)
+    size = []
+    for flag, given in (("H", args.H), ("W", args.W)):
+        pixels = params.image_size * factor if given is None else given
+        if pixels % step:
+            raise ValueError(f"--{flag} {pixels}: expected a multiple of {step} for this model")
+        size.append(pixels // factor)
+    return size[0], size[1]
+
+
+def make_pipeline(config: DictConfig, size: tuple[int, int], **options) -> Pipeline:
+    """The sampling pipeline of a configuration for latents of `size` (h, w). Raises ValueError for wrong options."""
+    params = config.model.params
+    schedule = {key: params[key] for key in ("linear_start", "linear_end", "cosine_s") if key in params}
+    betas = beta_schedule(params.get("beta_schedule", "linear"), params.get("timesteps", 1000), **schedule)
+    return Pipeline((params.get("channels", 3), *size), betas, **options)
+
+
+def origin_of(checkpoint: Path) -> dict[str, str]:
+    """Provenance of weights: file name and SHA-256."""
+    return {"source": checkpoint.name, "source_sha256": sha256(checkpoint)}
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """What a run will do. `entries` hold the prompt or label of every image and are empty for unconditional models;
+    those of the calibration images are taken in turn from `calibration_entries`."""
+
+    args: argparse.Namespace
+    config: DictConfig
+    checkpoint: Path
+    pipeline: Pipeline
+    device: torch.device
+    quantization: QuantizationPlan
+    parent: Path  # of the run's folder, which is named after date and time
+    images: int
+    batch_size: int
+    picture: str  # path of an image in the run's folder, with its index as {}
+    entries: tuple[Entry, ...] = ()
+    calibration_entries: tuple[Entry, ...] = ()
+    nothing: Entry = ""
+    fixed_code: bool = False  # the images of every batch start from the same noise
+    autocast: bool = False
+
+    def path_of(self, folder: Path, index: int) -> Path:
+        """Where an image lies."""
+        return folder / self.picture.format(index)
+
+    def paths(self, folder: Path) -> list[Path]:
+        """Where all images lie."""
+        return [self.path_of(folder, index) for index in range(self.images)]
+
+    def indices(self) -> list[range]:
+        """The batches of image indices."""
+        return list(batches(0, self.images, self.batch_size))
+
+    def describe(self) -> dict:
+        """Plain data for --dry_run, and to know the run again that is to be gone on with."""
+        recipe = self.quantization.recipe
+        return {
+            "checkpoint": str(self.checkpoint),
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "latents": list(self.pipeline.shape),
+            **self.pipeline.describe(),
+            "fixed_code": self.fixed_code,
+            "autocast": self.autocast,
+            "asked_for": digest_of(self.entries),
+            "calibrated_on": None if recipe is None else digest_of(self.calibration_entries),
+            **self.quantization.describe(),
+            "config": OmegaConf.to_container(self.config, resolve=True),
+        }
+
+
+def latents_of(
+    pipeline: Pipeline, network: nn.Module, conditioner: Conditioner | None, codes: int | None = None
+) -> Sample:
+    """Latents of a batch of image indices; images start from the noise of their place in the batch of `codes`."""
+
+    def sample(batch: range, observe: Callable) -> Tensor:
+        conditioning = None if conditioner is None else conditioner(batch)
+        starts = None if codes is None else [index % codes for index in batch]
+        return pipeline.sample(network, batch, conditioning, observe, starts)
+
+    return sample
+
+
+def record_latents(
+    pipeline: Pipeline, network: nn.Module, conditioner: Conditioner | None, indices: Sequence[range]
+) -> Sequence[tuple[range, Trajectories]]:
+    """(image indices, float sampling states with their conditioning) of each batch of seeds."""
+
+    def conditioning(batch: range) -> dict[str, Tensor]:
+        if conditioner is None:
+            return {}
+        found = conditioner(batch)
+        columns = {"cs": found.context, "ucs": found.unconditional}
+        return {key: column for key, column in columns.items() if column is not None}
+
+    sample, steps = latents_of(pipeline, network, conditioner), len(pipeline.timesteps())
+    return record_batches(sample, steps, indices, conditioning)
+
+
+def execute(plan: LatentPlan, wanted: Callable[[Path], list[Path]] | None = None) -> Path | None:
+    """Carry out a plan: calibrate or load, sample, write the images. Returns the run's folder, None for --dry_run.
+
+    An unfinished run of the same plan is gone on with: its calibration is not done again, nor are its full batches.
+    wanted: folder -> the files without which a run is unfinished (default: the images).
+    """
+    args, quantization, pipeline = plan.args, plan.quantization, plan.pipeline
+    if args.dry_run:
+        print_plan(plan.describe() | {"folder": str(plan.parent / "<date-time>")}, quantization.recipe)
+        return None
+    conditional = is_conditional(plan.config)
+    build = partial(build_network, plan.config)
+    inputs = read_inputs(quantization, ADAPTER, build, pipeline.shape, pipeline.timesteps(), conditional)
+    model = load_model(plan.config, plan.checkpoint).to(plan.device)
+    description = plan.describe() | {"recipe": None if quantization.recipe is None else quantization.recipe.to_dict()}
+    folder, continued = open_run(plan.parent, description, wanted or plan.paths)
+    start_log(folder, args.verbose)
+    if continued:
+        there = sum(path.exists() for path in plan.paths(folder))
+        print(f"going on with {folder}: {there} of {plan.images} images are there")
+    if plan.entries:
+        name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
+        write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
+    logger.info("%s model from %s", inputs.label(quantization), plan.checkpoint)
+    warn_without_effect(args)
+    network = quantized_network(plan, inputs, model, folder).to(plan.device)
+    write_images(plan, model, network, folder)
+    print(f"{plan.images} images of the {inputs.label(quantization)} model in {plan.path_of(folder, 0).parent}")
+    return folder
+
+
+def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, folder: Path) -> nn.Module:
+    """The network that samples: float, loaded, calibrated before an interruption, or calibrated now."""
+    network = model.model.diffusion_model
+    if plan.quantization.recipe is None:
+        return network if inputs.loaded is None else inputs.loaded
+    finished = folder / "ckpt.safetensors"
+    if finished.exists():
+        logger.info("%s: calibrated before the interruption", finished)
+        return load_checkpoint(finished).network
+
+    def record(count: int) -> Trajectories:
+        conditioner = calibration_conditioner(model, plan.calibration_entries, plan.nothing, plan.pipeline.scale)
+        indices = list(batches(FIRST_CALIBRATION_IMAGE, count, plan.batch_size))
+        return concatenate(part for _, part in record_latents(plan.pipeline, network, conditioner, indices))
+
+    provenance = {"sampling": plan.pipeline.describe(), **origin_of(plan.checkpoint)}
+    return calibrate_and_write(plan.quantization, inputs, ADAPTER, network, record, folder, provenance)
+
+
+@torch.no_grad()
+def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, folder: Path) -> None:
+    """Sample and write every batch of which an image is missing."""
+    path_of = partial(plan.path_of, folder)
+    path_of(0).parent.mkdir(exist_ok=True)
+    conditioner = None
+    if plan.entries:
+        conditioner = Conditioner(model, plan.entries.__getitem__, plan.nothing, plan.pipeline.scale != 1)
+        _warn_of_long_prompts(model, plan.entries)
+    latents = latents_of(plan.pipeline, network, conditioner, plan.batch_size if plan.fixed_code else None)
+
+    def sample(batch: range, observe: Callable) -> Tensor:
+        with _precision(plan):
+            return to_images(model.decode_first_stage(latents(batch, observe)).float())
+
+    todo = missing_batches(plan.indices(), path_of)
+    for batch, images in sample_batches(sample, len(plan.pipeline.timesteps()), todo, "sampling"):
+        for index, image in zip(batch, images, strict=True):
+            save_png(image, path_of(index))
+        logger.info("images %d to %d", batch.start, batch.stop - 1)
+
+
+def _warn_of_long_prompts(model: LatentDiffusion, entries: Sequence[Entry]) -> None:
+    encoder = model.cond_stage_model
+    if not hasattr(encoder, "count_tokens"):
+        return
+    for prompt in dict.fromkeys(entries):
+        if (tokens := encoder.count_tokens(prompt)) > encoder.max_length:
+            logger.warning("%r has %d tokens, the text encoder sees %d", prompt, tokens, encoder.max_length)
+
+
+def _precision(plan: LatentPlan) -> AbstractContextManager:
+    """Half precision products on a GPU where asked for; CPUs gain nothing by them."""
+    if plan.autocast and plan.device.type == "cuda":
+        return torch.autocast(plan.device.type, torch.float16)
+    return nullcontext()
