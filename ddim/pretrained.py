@@ -2,17 +2,14 @@
 
 import hashlib
 import os
-import re
-import zipfile
 from pathlib import Path
 
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ddim.checkpoints import first_names, one_line, open_checkpoint
 from ddim.network import DDPMUNet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,7 +41,7 @@ def load_config(path: str | os.PathLike) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: expected the sections {', '.join(REQUIRED)}, found no sections")
     _check_config(config, path)
@@ -132,35 +129,10 @@ def load_pretrained(config: DictConfig, dtype: torch.dtype = torch.float32) -> t
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a state dict saved by torch. Half precision becomes float32.
-
-    Unpickles tensors and plain containers only. Raises FileNotFoundError, and ValueError for a damaged file, a file
-    with other contents, or one that holds objects of another class, which it names.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {_one_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        kind = "a dictionary of other objects" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"{path} is not a readable checkpoint: expected a state dict of tensors, found {kind}")
+    """The tensors of a checkpoint by name. Half precision becomes float32. Raises what `open_checkpoint` raises."""
     half = (torch.float16, torch.bfloat16)
-    return {name: value.float() if value.dtype in half else value for name, value in state.items()}
-
-
-def _load_pickle(path: Path) -> object:
-    # Files older than torch 1.6 (the published ones among them) are no zip archives and cannot be mapped.
-    mmap = zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        damaged = "truncated or not a PyTorch file"
-        reason = f"it holds an object of class {foreign[1]}, expected tensors only" if foreign else damaged
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
+    with open_checkpoint(path) as checkpoint:
+        return {name: value.float() if value.dtype in half else value for name, value in checkpoint.items()}
 
 
 def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -175,14 +147,10 @@ def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str |
             if name in expected and value.shape != expected[name].shape
         ],
     }
-    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind}: {first_names(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{path} does not fit the network: {'; '.join(found)}")
     network.load_state_dict(state)
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -195,8 +163,3 @@ def _digest(path: Path, digest, block: int = 1 << 20) -> str:
         while chunk := file.read(block):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

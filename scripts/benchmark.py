@@ -2,6 +2,7 @@
 """Measure speed as ratios taken in one process against a named baseline.
 
 simulate: one network evaluation of the simulated quantized model against the float model's.
+memory: peak memory of loading a latent model, quantizing it to nearest, saving and loading it packed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from memory_benchmark import MEMORY_COLUMNS, add_memory_command, memory
 from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
 
 from qdiff.calibration.runner import calibrate
@@ -37,6 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     simulate.add_argument("--act_bit", type=whole(2, 8), default=8, help="bits of activations")
     simulate.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(simulate)
+    add_memory_command(commands)
     return parser.parse_args(argv)
 
 
@@ -87,22 +90,24 @@ def simulate(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    device = torch.device("cpu") if args.command == "memory" else choose_device(args.device)
     about = {
         "command": args.command,
         "config": str(args.config),
-        "device": str(choose_device(args.device)),
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "batch_size": args.batch_size,
     }
+    if args.command == "simulate":
+        about["batch_size"] = args.batch_size
     if args.dry_run:
         print_plan(about)
         return
     if args.json is not None:  # a folder that cannot be made is known before the measurement
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = simulate(args)
+    rows, columns = (simulate(args), COLUMNS) if args.command == "simulate" else (memory(args), MEMORY_COLUMNS)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(markdown_table(rows, COLUMNS))
+    print(markdown_table(rows, columns))
     if args.json is not None:
         write_text(args.json, json.dumps(about | {"rows": rows}, indent=1) + "\n")
 

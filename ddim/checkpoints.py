@@ -1,0 +1,207 @@
+"""Checkpoint files read safely and lazily: names and shapes first, each tensor when it is asked for.
+
+Nothing is unpickled freely: PyTorch's weights-only unpickler reads tensors and plain containers, and the few other
+objects that PyTorch Lightning leaves in its checkpoints become harmless stand-ins (`_STAND_INS`).
+"""
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.serialization import safe_globals
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a checkpoint file by name, on the CPU, each read when it is asked for; a context manager.
+
+    Tensors of memory-mapped files (all but PyTorch's format before 1.6) hold no memory until their values are used,
+    and stay valid after the file is closed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, without reading its values."""
+        return self[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Element type of a tensor, without reading its values."""
+        return self[name].dtype
+
+    def close(self) -> None:
+        """Lets go of the file."""
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Opens a `.safetensors` file, a state dict saved by torch, or a PyTorch Lightning checkpoint (its `state_dict`).
+
+    Raises FileNotFoundError, and ValueError for a damaged file, a file with other contents, or one that holds objects
+    of a class that is not on the list, which it names; such an object is never made.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        return _SafetensorsFile(path)
+    return _PickledFile(path)
+
+
+class _SafetensorsFile(Checkpoint):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {one_line(error)}") from None
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def shape(self, name: str) -> torch.Size:
+        if name not in self._names:
+            raise KeyError(name)
+        return torch.Size(self._file.get_slice(name).get_shape())
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def close(self) -> None:
+        self._file, self._names = None, {}
+
+
+class _PickledFile(Checkpoint):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._state = _state_dict(_unpickle(path), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def close(self) -> None:
+        self._state = {}
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # the rest of a Lightning checkpoint is of no use without its training
+    if not isinstance(content, dict) or not all(_is_entry(name, value) for name, value in content.items()):
+        kind = "a dictionary of other objects" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{path} is not a readable checkpoint: expected a state dict of tensors, found {kind}")
+    return {name: value.detach() for name, value in content.items()}
+
+
+def _is_entry(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.is_cpu and value.layout == torch.strided and not value.is_quantized  # no meta, no sparse tensors
+
+
+def _unpickle(path: Path) -> object:
+    # Files older than torch 1.6 (the published DDPM weights among them) are no zip archives and cannot be mapped.
+    mmap = zipfile.is_zipfile(path)
+    allowed = {}
+    while True:
+        try:
+            with safe_globals([(stand_in, name) for name, stand_in in allowed.items()]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, of no use to who reads the error below
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            name = _refused(error)
+            stand_in = _stand_in(name) if name else None
+            if stand_in is None or name in allowed:
+                damaged = "truncated or not a PyTorch file"
+                reason = f"it holds an object of class {name}, expected tensors only" if name else damaged
+                raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
+            allowed[name] = stand_in
+
+
+def _refused(error: Exception) -> str | None:
+    """The class or function that a weights-only load refused, from PyTorch's message."""
+    found = re.search(r"GLOBAL (.{1,200}?) (?:was not an allowed global|whose module)", str(error))
+    return found[1] if found else None
+
+
+class _Inert:
+    """Stands in for an object of which nothing is needed: takes any arguments and state, and keeps none."""
+
+    def __new__(cls, *arguments, **named):
+        return super().__new__(cls)
+
+    def __init__(self, *arguments, **named):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _NumpyType:
+    """Stands in for `numpy.dtype`: numbers only, since numpy's own takes any state a file gives it."""
+
+    def __init__(self, code: str, *flags):
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
+            raise pickle.UnpicklingError("expected the type of a number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple):
+        self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
+
+
+def _numpy_scalar(kind: _NumpyType, content: bytes) -> int | float | complex | bool:
+    """Stands in for the function that makes numpy scalars: the plain Python number."""
+    if not isinstance(kind, _NumpyType) or not isinstance(content, bytes) or len(content) != kind.dtype.itemsize:
+        raise pickle.UnpicklingError("expected a number")
+    return np.frombuffer(content, kind.dtype)[0].item()
+
+
+# The only names outside PyTorch's own list that a file may mention: what they may be -> what is made instead.
+_STAND_INS = {
+    r"(pytorch_lightning|lightning\.pytorch)\.callbacks(\.\w+)+": _Inert,
+    r"numpy\.(core|_core)\.multiarray\.scalar": _numpy_scalar,
+    r"numpy\.dtype": _NumpyType,
+    r"numpy\.dtypes\.\w+DType": _Inert,
+}
+
+
+def _stand_in(name: str):
+    return next((made for pattern, made in _STAND_INS.items() if re.fullmatch(pattern, name)), None)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def first_names(names: list[str], count: int = 3) -> str:
+    """The first few names of a list, for a message."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
