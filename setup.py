@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["qdiff", "qdiff.*", "ddim", "ddim.*"]),
+    packages=find_packages(include=["qdiff", "qdiff.*", "ddim", "ddim.*", "ldm", "ldm.*"]),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -23,6 +23,10 @@ setup(
         "tqdm",
         "torch-fidelity>=0.4.0",
         "matplotlib",
+        "pytorch-lightning>=2.6",
+        "transformers>=4.40",
+        "taming-transformers-rom1504",  # plain taming-transformers lacks VectorQuantizer2
+        "einops",  # imported by taming, which does not ask for it
     ],
     extras_require={
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
