@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adapters import Adapter
-from qdiff.calibration.runner import Calibration, calibrate, check_weights
+from qdiff.calibration.runner import Calibration, RunOptions, calibrate, check_weights
 from qdiff.calibration.selectors import select
-from qdiff.calibration.trajectories import Trajectories, load_trajectories
+from qdiff.calibration.store import MemoryLimits
+from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
-from qdiff.commandline import BarProgress, bits_label, chosen_recipe, method_options
+from qdiff.commandline import bits_label, chosen_recipe, method_options, tensor_float32
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import for_given_weights
+from qdiff.progress import PLOT_NAME, CalibrationLog, peak_memory, plot_losses
 from qdiff.published import (
     load_published,
     original_flags,
@@ -31,6 +34,8 @@ from qdiff.spec import Recipe
 from qdiff.surgery import insert_quantizers, softmax_spec
 
 logger = logging.getLogger(__name__)
+CHECKPOINT_NAME = "ckpt.safetensors"  # in a run's folder; written last, so that it means a finished calibration
+RECORD_NAME, STATES_NAME = "calibration", "states.safetensors"  # of an unfinished one
 # Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
 QUANTIZING = ("cali_ckpt", "recipe", "method", "resume", "resume_w", "quant_act", "weight_bit")
 
@@ -113,11 +118,13 @@ def read_inputs(
         return Inputs(loaded, recipe, None)
     if args.cali_data_path is not None:
         trajectories = load_trajectories(args.cali_data_path, shape)
-        _check_conditioning(trajectories, conditional, args.cali_data_path)
         select(trajectories, plan.recipe.selector)
         timesteps = trajectories.timesteps
     with torch.device("meta"):
         network = build()
+    if trajectories is not None:
+        width = adapter.config_of(network).get("context_dim") if conditional else None
+        _check_conditioning(trajectories, conditional, width, args.cali_data_path)
     insert_quantizers(network, plan.recipe, adapter, timesteps)
     if loaded is not None:
         try:
@@ -128,11 +135,17 @@ def read_inputs(
     return Inputs(loaded, recipe, trajectories)
 
 
-def _check_conditioning(trajectories: Trajectories, conditional: bool, path: Path) -> None:
+def _check_conditioning(trajectories: Trajectories, conditional: bool, width: int | None, path: Path) -> None:
+    """width: of the embeddings [N, L, D] that the network's cross attention takes, D; None where it takes labels."""
     if conditional and "cs" not in trajectories.extra:
         raise ValueError(f"{path}: expected calibration data with conditioning (cs, ucs), found none")
     if not conditional and trajectories.extra:
         raise ValueError(f"{path}: has conditioning (cs, ucs), but the network takes none")
+    for key, (found, *_) in trajectories.extra.items():
+        if width is not None and (found.dim() != 3 or found.shape[-1] != width):
+            raise ValueError(f"{path}: expected {key} of shape (N, L, {width}), found {tuple(found.shape)}")
+        if width is None and (found.dim() != 1 or found.is_floating_point()):
+            raise ValueError(f"{path}: expected {key} to be labels (N), found {found.dtype} {tuple(found.shape)}")
 
 
 def calibrate_and_write(
@@ -146,21 +159,50 @@ def calibrate_and_write(
 ) -> nn.Module:
     """Calibrate by the plan's recipe and write ckpt.safetensors and ckpt.pth into `folder`; return the network.
 
-    record: count -> float sampling states of that many samples, where the flags name no file of them.
+    record: count -> float sampling states of that many samples, where the flags name no file of them. Until the
+    result is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
+    with the result if that was written.
     """
-    trajectories = inputs.trajectories or record(plan.recipe.selector.per_step)
-    run = calibrate(
-        float_network,
-        adapter,
-        plan.recipe,
-        select(trajectories, plan.recipe.selector),
-        plan.args.seed,
-        trajectories.timesteps,
-        BarProgress(),
-        weights_from=inputs.loaded,
+    args, unfinished, finished = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME
+    if finished.exists():
+        logger.info("%s: calibrated before the interruption", finished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return load_checkpoint(finished).network
+    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.per_step, unfinished)
+    provenance = {"seed": args.seed, **provenance}
+    data = select(trajectories, plan.recipe.selector)
+    device = next(float_network.parameters()).device
+    options = RunOptions(
+        memory=args.max_memory or MemoryLimits(),
+        scratch=args.scratch or folder,
+        record=unfinished,
+        plan=provenance | {"recipe": plan.recipe.to_dict(), "states": data.digest(), "weights": str(args.cali_ckpt)},
+        products="bfloat16" if args.calibration_products == "bfloat16" else "float32",
     )
-    write_calibrated(folder, run, trajectories.timesteps, {"seed": plan.args.seed, **provenance})
+    with tensor_float32(args.calibration_products == "tf32"):
+        run = calibrate(
+            *(float_network, adapter, plan.recipe, data, args.seed, trajectories.timesteps),
+            CalibrationLog(folder, device),
+            weights_from=inputs.loaded,
+            options=options,
+        )
+    logger.info("states took at most %s bytes", run.store.peak)
+    logger.info("peak memory: %s bytes", peak_memory(device))
+    plot_losses(run.reports, folder / PLOT_NAME)
+    write_calibrated(folder, run, trajectories.timesteps, provenance)
+    (unfinished / STATES_NAME).unlink(missing_ok=True)
+    run.record.remove()
     return run.network
+
+
+def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Path) -> Trajectories:
+    """The states of the run that was interrupted, or new ones, kept for that case."""
+    path = unfinished / STATES_NAME
+    if path.exists():
+        return load_trajectories(path)
+    trajectories = record(count)
+    save_shard(trajectories, path, {})
+    return trajectories
 
 
 def load_calibrated(
@@ -176,7 +218,7 @@ def load_calibrated(
     if not path.is_file():
         raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
     if path.suffix == ".safetensors":
-        return _load_native(args, path, build, activations)
+        return _load_native(args, path, build, adapter, activations)
     options = method_options(args)
     bits = options.act_bits if activations else None
     network = build()
@@ -187,9 +229,13 @@ def load_calibrated(
 
 
 def _load_native(
-    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], activations: bool
+    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
 ) -> tuple[nn.Module, Recipe]:
     found = load_checkpoint(path)
+    if found.adapter.family != adapter.family:
+        raise ValueError(
+            f"{path}: made for a {found.adapter.family} model, the configuration is of a {adapter.family} one"
+        )
     with torch.device("meta"):
         expected = found.adapter.config_of(build())
     config = found.adapter.config_of(found.network)
@@ -226,12 +272,11 @@ def _check_given_flags(
 
 
 def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
-    """Write ckpt.safetensors and, where the original's format can express the result, ckpt.pth into a run's folder."""
-    save_checkpoint(folder / "ckpt.safetensors", run.network, run.adapter, run.recipe, timesteps, provenance)
+    """Write ckpt.pth, where the original's format can express the result, and ckpt.safetensors into a run's folder."""
     float_weights = {n: run.float_network.get_submodule(n).weight.detach() for n in quant_layers(run.network)}
     try:
         save_published(folder / "ckpt.pth", run.network, run.adapter, run.recipe, float_weights)
+        logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter, run.network))
     except ValueError as error:
         logger.warning("no ckpt.pth: %s", error)
-        return
-    logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter, run.network))
+    save_checkpoint(folder / CHECKPOINT_NAME, run.network, run.adapter, run.recipe, timesteps, provenance)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,8 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from tqdm import tqdm
 
-from qdiff.calibration.runner import Progress
+from qdiff.calibration.store import MemoryLimits
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.spec import COMPAT, Recipe
 from qdiff.surgery import softmax_spec
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # What the original scripts assume where a flag is left out; --method and --recipe bring their own values instead.
 ORIGINAL_DEFAULTS = {"selector_steps": 1, "per_step": 1024}
 QUANT_MODES = {"qdiff": "q-diffusion", "linear": "nearest"}
+PRODUCTS = ("float32", "tf32", "bfloat16")
 # Flags whose value a recipe file holds.
 HELD_BY_RECIPE = (
     *("method", "running_stat", "rs_sm_only", "a_min_max", "rounding_start", "compat"),
@@ -65,6 +67,22 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 def number(low: float, high: float) -> Callable[[str], float]:
     """The type of a flag that takes a number within bounds."""
     return _bounded(float, low, high, f"a number from {low:g} to {high:g}")
+
+
+SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def memory_limits(text: str) -> MemoryLimits:
+    """The type of --max_memory: a size for the device and the host each, or two of them."""
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", part.strip(), re.IGNORECASE)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"expected a size such as 8GB, or two as 20GB,60GB, found {text!r}")
+        sizes.append(int(float(found[1]) * SIZES[found[2].upper()]))
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"expected one size or two, for device and host, found {text!r}")
+    return MemoryLimits(device=sizes[0], host=sizes[-1])
 
 
 def _bounded(kind: type, low: float, high: float, wanted: str) -> Callable[[str], Any]:
@@ -119,6 +137,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     faults = f"reproduce faults of the original: {', '.join(COMPAT)}"
     group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=faults)
     add_calibration_flags(parser.add_argument_group("calibration"))
+    add_machine_flags(parser)
 
 
 def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
@@ -135,6 +154,18 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cali_ckpt", type=Path, metavar="FILE", help="calibrated checkpoint: ckpt.pth or .safetensors")
     group.add_argument("--resume", action="store_true", help="load --cali_ckpt (meant when --cali_ckpt is given)")
     group.add_argument("--resume_w", action="store_true", help="take weights from --cali_ckpt, calibrate activations")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """How a calibration is carried out: --max_memory, --scratch, --calibration_products, --resume_calibration."""
+    group = parser.add_argument_group("calibration on this machine", "None of these changes what comes out.")
+    sizes = "memory for calibration states, as 8GB, or DEVICE,HOST as 20GB,60GB; what is beyond goes to disk"
+    group.add_argument("--max_memory", type=memory_limits, metavar="SIZE", help=f"{sizes} (default: no limit)")
+    group.add_argument("--scratch", type=Path, metavar="DIR", help="where it goes to (default: the run's folder)")
+    kinds = "arithmetic of products while units learn; tf32 and bfloat16 are faster on GPUs and less exact"
+    group.add_argument("--calibration_products", choices=PRODUCTS, default="float32", help=kinds)
+    resumes = "insist on going on with an unfinished run (done by itself where the output folder has one of this plan)"
+    group.add_argument("--resume_calibration", action="store_true", help=resumes)
 
 
 def warn_without_effect(args: argparse.Namespace) -> None:
@@ -225,6 +256,17 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Within the block GPUs may compute float32 products with 10-bit mantissas."""
+    former = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = former
+
+
 def bits_label(recipe: Recipe | None) -> str:
     """W4A8 and the like, 32 for activations that stay float; "float" for no recipe."""
     if recipe is None:
@@ -238,23 +280,6 @@ def describe_device(network: nn.Module) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-class BarProgress(Progress):
-    """A progress bar on the terminal with an estimate of what is left."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def start(self, title: str, total: int) -> None:
-        self._bar = tqdm(total=total, desc=title, dynamic_ncols=True)
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(amount)
-
-    def finish(self) -> None:
-        self._bar.close()
 
 
 def new_folder(parent: Path) -> Path:
@@ -303,6 +328,7 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
         sys.exit(_complain(" ".join(reason.split())))
     except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
 
 

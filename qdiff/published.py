@@ -319,8 +319,9 @@ def original_flags(recipe: Recipe, adapter: Adapter, network: nn.Module) -> str:
 def original_softmax_bits(recipe: Recipe, adapter: Adapter, network: nn.Module) -> int:
     """The --sm_abit with which the original code reads a file written from this recipe.
 
-    An unsigned softmax grid of b bits is the upper half of the original's signed grid of b + 1 bits.
+    An unsigned softmax grid of b bits is the upper half of the original's signed grid of b + 1 bits, and a signed one
+    beside the original's unsigned grid uses its lower half.
     """
     softmax = softmax_spec(recipe)
     kind = adapter.published_softmax_kind(network, recipe.activations.kind)
-    return softmax.bits + (kind == "signed" and softmax.kind == "unsigned")
+    return softmax.bits + (kind == "signed") - (softmax.kind == "signed")

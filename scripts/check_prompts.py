@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif images.shape == reference.shape:
             row["psnr_db"] = pooled_psnr_db(images, reference)
         rows.append(row | {"ratio": row["accuracy"] / first if first else None})
-    print(markdown_table(rows, COLUMNS))
+    print(markdown_table(rows, [column for column in COLUMNS if any(column[0] in row for row in rows)]))
 
 
 if __name__ == "__main__":

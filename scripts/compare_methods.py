@@ -29,12 +29,11 @@ from pixel_model import (
 from torch import Tensor
 
 from ddim.pipeline import Pipeline
-from qdiff.calibration.runner import calibrate
+from qdiff.calibration.runner import RunOptions, calibrate
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import Trajectories
 from qdiff.checkpoints import save_checkpoint
 from qdiff.commandline import (
-    BarProgress,
     add_run_flags,
     choose_device,
     describe_device,
@@ -51,6 +50,7 @@ from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.evaluation.table import markdown_table
 from qdiff.files import write_text
 from qdiff.methods import METHODS, MethodOptions, make_recipe
+from qdiff.progress import BarProgress
 from qdiff.spec import Recipe
 
 logger = logging.getLogger(__name__)
@@ -163,19 +163,18 @@ class Comparison:
     def run(self, entry: Entry) -> tuple[dict, Tensor]:
         """Calibrate, save, sample and measure one entry."""
         args, started = self.args, time.monotonic()
+        data = select(self.trajectories, entry.recipe.selector)
+        provenance = {"seed": args.seed, "sampling": self.pipeline.describe(), **self.model.describe()}
+        plan = provenance | {"recipe": entry.recipe.to_dict(), "states": data.digest()}
         run = calibrate(
-            self.model.network,
-            ADAPTER,
-            entry.recipe,
-            select(self.trajectories, entry.recipe.selector),
-            args.seed,
-            self.trajectories.timesteps,
+            *(self.model.network, ADAPTER, entry.recipe, data, args.seed, self.trajectories.timesteps),
             BarProgress(),
+            options=RunOptions(record=args.outdir / f"{entry.slug}.unfinished", plan=plan),
         )
         calibrated = time.monotonic()
         path = args.outdir / f"{entry.slug}.safetensors"
-        provenance = {"seed": args.seed, "sampling": self.pipeline.describe(), **self.model.describe()}
         save_checkpoint(path, run.network, ADAPTER, entry.recipe, self.trajectories.timesteps, provenance)
+        run.record.remove()
         before = time.monotonic()
         images = sample_images(self.pipeline, run.network, args.n_samples, self.batch_size, f"{entry.label} images")
         seconds = {

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 import torch
 from omegaconf import DictConfig
@@ -48,16 +49,21 @@ def read_prompts(path: Path, flag: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         where = f"{flag} {path}, line {number}"
         try:
-            prompt = line.decode("utf8-sig" if number == 1 else "utf8").strip()
+            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: expected UTF-8 text, found byte 0x{line[error.start]:02x}") from error
         if not prompt:
             raise ValueError(f"{where}: expected a prompt, found an empty line")
-        strange = next((char for char in prompt if not char.isprintable() and char != "\t"), None)
-        if strange is not None:
-            raise ValueError(f"{where}: expected text, found the control character U+{ord(strange):04X}")
-        prompts.append(prompt)
+        prompts.append(check_prompt(prompt, where))
     return prompts
+
+
+def check_prompt(prompt: str, where: str) -> str:
+    """The prompt. Raises ValueError that begins with `where` for control characters, line breaks among them."""
+    strange = next((char for char in prompt if category(char) in ("Cc", "Cs", "Zl", "Zp") and char != "\t"), None)
+    if strange is not None:
+        raise ValueError(f"{where}: expected text, found the control character U+{ord(strange):04X}")
+    return prompt
 
 
 def class_labels(args: argparse.Namespace, config: DictConfig, scale: float) -> tuple[list[int], int]:

@@ -30,11 +30,11 @@ from ddim.samplers import to_images
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Pipeline
 from ldm.pretrained import build_network, load_model
+from ldm.samplers import sampler_timesteps
 from ldm.schedules import beta_schedule
 from qdiff.adapters import adapter_for
 from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs
 from qdiff.calibration.trajectories import Trajectories, concatenate
-from qdiff.checkpoints import load_checkpoint
 from qdiff.commandline import print_plan, start_log, warn_without_effect
 from qdiff.files import write_text
 
@@ -67,12 +67,19 @@ def latent_size(args: argparse.Namespace, config: DictConfig) -> tuple[int, int]
     return size[0], size[1]
 
 
-def make_pipeline(config: DictConfig, size: tuple[int, int], **options) -> Pipeline:
-    """The sampling pipeline of a configuration for latents of `size` (h, w). Raises ValueError for wrong options."""
+def make_pipeline(config: DictConfig, size: tuple[int, int], steps_flag: str, **options) -> Pipeline:
+    """The sampling pipeline of a configuration for latents of `size` (h, w).
+
+    Raises ValueError for wrong options, naming the flag that gave `steps` where it is to blame.
+    """
     params = config.model.params
+    try:
+        sampler_timesteps(options["sampler"], steps=options["steps"], num_timesteps=params.timesteps)
+    except ValueError as error:
+        raise ValueError(f"{steps_flag}: {error}") from error
     schedule = {key: params[key] for key in ("linear_start", "linear_end", "cosine_s") if key in params}
-    betas = beta_schedule(params.get("beta_schedule", "linear"), params.get("timesteps", 1000), **schedule)
-    return Pipeline((params.get("channels", 3), *size), betas, **options)
+    betas = beta_schedule(params.get("beta_schedule", "linear"), params.timesteps, **schedule)
+    return Pipeline((params.channels, *size), betas, **options)
 
 
 def origin_of(checkpoint: Path) -> dict[str, str]:
@@ -174,8 +181,9 @@ def execute(plan: LatentPlan, wanted: Callable[[Path], list[Path]] | None = None
     build = partial(build_network, plan.config)
     inputs = read_inputs(quantization, ADAPTER, build, pipeline.shape, pipeline.timesteps(), conditional)
     model = load_model(plan.config, plan.checkpoint).to(plan.device)
-    description = plan.describe() | {"recipe": None if quantization.recipe is None else quantization.recipe.to_dict()}
-    folder, continued = open_run(plan.parent, description, wanted or plan.paths)
+    recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
+    description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
+    folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration)
     start_log(folder, args.verbose)
     if continued:
         there = sum(path.exists() for path in plan.paths(folder))
@@ -192,14 +200,10 @@ def execute(plan: LatentPlan, wanted: Callable[[Path], list[Path]] | None = None
 
 
 def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, folder: Path) -> nn.Module:
-    """The network that samples: float, loaded, calibrated before an interruption, or calibrated now."""
+    """The network that samples: float, loaded, or calibrated."""
     network = model.model.diffusion_model
     if plan.quantization.recipe is None:
         return network if inputs.loaded is None else inputs.loaded
-    finished = folder / "ckpt.safetensors"
-    if finished.exists():
-        logger.info("%s: calibrated before the interruption", finished)
-        return load_checkpoint(finished).network
 
     def record(count: int) -> Trajectories:
         conditioner = calibration_conditioner(model, plan.calibration_entries, plan.nothing, plan.pipeline.scale)

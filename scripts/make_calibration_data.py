@@ -111,15 +111,17 @@ def _pixel_recording(args: argparse.Namespace) -> Recording:
 
 def _latent_recording(args: argparse.Namespace) -> Recording:
     from conditioning import asked_of_calibration, calibration_conditioner, digest_of
+    from latent_config import read_config
     from latent_model import ADAPTER, latent_size, make_pipeline, origin_of, record_latents
 
-    from ldm.pretrained import find_checkpoint, find_config, load_config, load_model
+    from ldm.pretrained import find_checkpoint, find_config, load_model
 
     checkpoint = find_checkpoint(args.resume_base)
-    config = load_config(args.config or find_config(checkpoint))
+    config = read_config(args.config or find_config(checkpoint))
     entries, nothing, scale = asked_of_calibration(args, config)
     options = {"steps": args.timesteps, "eta": args.eta, "scale": scale, "seed": args.seed}
-    pipeline = make_pipeline(config, latent_size(args, config), sampler=args.sample_type, **options)
+    flag = f"--timesteps {args.timesteps}"
+    pipeline = make_pipeline(config, latent_size(args, config), flag, sampler=args.sample_type, **options)
 
     def load(device: torch.device):
         model = load_model(config, checkpoint).to(device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pixel_model import (
     ADAPTER,
     add_model_flags,
@@ -25,7 +25,7 @@ from pixel_model import (
     record,
     sampler_of,
 )
-from sampling import batches, sample_batches
+from sampling import batches, missing_batches, open_run, sample_batches
 from torch import nn
 
 from ddim.images import save_png
@@ -37,7 +37,6 @@ from qdiff.commandline import (
     add_run_flags,
     choose_device,
     make_parser,
-    new_folder,
     print_plan,
     run_main,
     start_log,
@@ -78,11 +77,21 @@ class Plan:
         return {
             "config": str(self.args.config),
             "images": self.args.max_images,
+            "batch_size": self.config.sampling.batch_size,
             **self.pipeline.describe(),
-            "device": str(self.device),
+            "sequence": self.args.sequence,
             **self.quantization.describe(),
-            "folder": str(self.folder / "<date-time>"),
+            "weights": str(self.args.ckpt or self.config.get("pretrained")),
+            "model": OmegaConf.to_container(self.config, resolve=True),
         }
+
+    def path_of(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.folder / "img" / f"{index}.png"
+
+    def paths(self, folder: Path) -> list[Path]:
+        """Where all images of the run in `folder` lie."""
+        return [replace(self, folder=folder).path_of(index) for index in range(self.args.max_images)]
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -95,9 +104,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def sample(plan: Plan, network: nn.Module) -> None:
-    """Write img/0.png, 1.png, ..., and with --sequence the states of the first batch after every step."""
+    """Write img/0.png, 1.png, ..., and with --sequence the states of the first batch after every step.
+
+    Batches of which all images are there are not sampled again.
+    """
     (plan.folder / "img").mkdir(exist_ok=True)
-    indices = list(batches(0, plan.args.max_images, plan.config.sampling.batch_size))
+    indices = missing_batches(list(batches(0, plan.args.max_images, plan.config.sampling.batch_size)), plan.path_of)
     kept: list[torch.Tensor] = []
 
     def observe(batch: range):
@@ -106,7 +118,7 @@ def sample(plan: Plan, network: nn.Module) -> None:
     steps = len(plan.pipeline.timesteps())
     for batch, images in sample_batches(sampler_of(plan.pipeline, network), steps, indices, "sampling", observe):
         for index, image in zip(batch, images, strict=True):
-            save_png(image, plan.folder / "img" / f"{index}.png")
+            save_png(image, plan.path_of(index))
         logger.info("images %d to %d", batch.start, batch.stop - 1)
     if kept:
         (plan.folder / "sequence").mkdir(exist_ok=True)
@@ -120,14 +132,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(args)
     quantization, pipeline = plan.quantization, plan.pipeline
     if args.dry_run:
-        print_plan(plan.describe(), quantization.recipe)
+        shown = plan.describe() | {"device": str(plan.device), "folder": str(plan.folder / "<date-time>")}
+        print_plan(shown, quantization.recipe)
         return
     inputs = read_inputs(
         quantization, ADAPTER, lambda: build_network(plan.config), pipeline.shape, pipeline.timesteps()
     )
     model = load_float_model(args, plan.config) if quantization.loads is None else None
-    plan = replace(plan, folder=new_folder(plan.folder))
+    description = plan.describe() | {"recipe": None if quantization.recipe is None else quantization.recipe.to_dict()}
+    folder, continued = open_run(plan.folder, description, plan.paths, args.resume_calibration)
+    plan = replace(plan, folder=folder)
     start_log(plan.folder, args.verbose)
+    if continued:
+        there = sum(path.exists() for path in plan.paths(folder))
+        print(f"going on with {folder}: {there} of {args.max_images} images are there")
     label = inputs.label(quantization)
     logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
     if args.cond:

@@ -9,18 +9,18 @@ ckpt.pth (the original's format). The same command goes on with a run that was i
 from __future__ import annotations
 
 import argparse
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from conditioning import class_labels, is_conditional, number_of_classes
+from latent_config import read_config
 from latent_model import LatentPlan, downsampling, execute, make_pipeline
 from omegaconf import DictConfig
 
 from ddim.images import load_png
-from ldm.pretrained import find_checkpoint, find_config, load_config
+from ldm.pretrained import find_checkpoint, find_config
 from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
     add_quantization_flags,
@@ -86,14 +86,14 @@ def asked_for(args: argparse.Namespace, config: DictConfig) -> tuple[tuple[int, 
 def make_plan(args: argparse.Namespace) -> LatentPlan:
     """Check the flags and turn them into a plan. Raises ValueError naming the flag at fault."""
     checkpoint = find_checkpoint(args.resume_base)
-    config = load_config(args.config or find_config(checkpoint), args.overrides)
+    config = read_config(args.config or find_config(checkpoint), args.overrides)
     size = config.model.params.image_size
     sampler = "ddpm" if args.vanilla_sample else "dpm_solver" if args.dpm else "ddim"
     eta = args.eta if sampler == "ddim" else 0.0
     options = {"steps": args.custom_steps, "eta": eta, "scale": args.scale, "seed": args.seed}
-    pipeline = make_pipeline(config, (size, size), sampler=sampler, **options)
-    entries, calibration_entries, nothing = asked_for(args, config)
     flag = f"--custom_steps {args.custom_steps}"
+    pipeline = make_pipeline(config, (size, size), flag, sampler=sampler, **options)
+    entries, calibration_entries, nothing = asked_for(args, config)
     return LatentPlan(
         args,
         config,
@@ -111,26 +111,37 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
     )
 
 
-def write_npz(plan: LatentPlan, folder: Path) -> Path:
-    """All images as one array [N, H, W, C] of uint8, read back from their files so that memory stays small."""
+def npz_shape(plan: LatentPlan) -> tuple[int, int, int, int]:
+    """(N, H, W, C) of all images as one array."""
     size = plan.pipeline.shape[1] * downsampling(plan.config)
-    shape = (plan.images, size, size, 3)
-    path = folder / "numpy" / f"{'x'.join(map(str, shape))}-samples.npz"
-    with atomic(path) as temporary, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        array = Path(scratch) / "arr_0.npy"
-        images = np.lib.format.open_memmap(array, mode="w+", dtype=np.uint8, shape=shape)
-        for index in range(plan.images):
-            image = load_png(plan.path_of(folder, index))
-            images[index] = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        images.flush()
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.write(array, array.name)
+    return plan.images, size, size, 3
+
+
+def npz_path(plan: LatentPlan, folder: Path) -> Path:
+    """Where that array lies in the run's folder."""
+    return folder / "numpy" / f"{'x'.join(map(str, npz_shape(plan)))}-samples.npz"
+
+
+def write_npz(plan: LatentPlan, folder: Path) -> Path:
+    """All images as one array of uint8, read back from their files so that memory stays small."""
+    shape, path = npz_shape(plan), npz_path(plan, folder)
+    entry = zipfile.ZipInfo("arr_0.npy")  # dated 1980, so that the same images give the same bytes
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+    with (
+        atomic(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        archive.open(entry, "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for image_path in plan.paths(folder):
+            image = load_png(image_path).permute(1, 2, 0).numpy()
+            file.write((image * 255).round().astype(np.uint8).tobytes())
     return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(parse_args(argv))
-    folder = execute(plan)
+    folder = execute(plan, lambda folder: [*plan.paths(folder), npz_path(plan, folder)])
     if folder is not None:
         print(write_npz(plan, folder))
 

@@ -10,6 +10,8 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from qdiff.calibrated import RECORD_NAME
+from qdiff.calibration.record import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.commandline import new_folder
 from qdiff.files import write_text
@@ -39,6 +41,8 @@ def sample_batches(
 
     steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls.
     """
+    if not indices:  # of a run whose images are all there
+        return
     with tqdm(total=len(indices) * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
         for number, batch in enumerate(indices):
             watch = None if observe is None else observe(batch)
@@ -68,20 +72,38 @@ def record_batches(
         yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
 
 
-def open_run(parent: Path, description: dict[str, Any], wanted: Callable[[Path], list[Path]]) -> tuple[Path, bool]:
+def open_run(
+    parent: Path,
+    description: dict[str, Any],
+    wanted: Callable[[Path], list[Path]],
+    must_continue: bool = False,
+) -> tuple[Path, bool]:
     """(folder of this run, whether it was begun earlier).
 
     The newest folder in `parent` whose description is the same and in which files that are `wanted` are missing is
-    gone on with; else a new one is made, named after date and time. The description is kept as sampling_config.yaml.
+    gone on with; else a new one is made, named after date and time, or ValueError raised with what differs where the
+    run must be continued. The description is kept as sampling_config.yaml.
     """
     text = yaml.safe_dump(description, sort_keys=False, width=100, allow_unicode=True)
-    for config in sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True):
+    runs = sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True)
+    for config in runs:
         same = config.read_text(encoding="utf8") == text
         if same and not all(path.exists() for path in wanted(config.parent)):
             return config.parent, True
+    if must_continue:
+        raise ValueError(f"--resume_calibration: {_why_not(parent, runs, text)}")
     folder = new_folder(parent)
     write_text(folder / CONFIG_NAME, text)
     return folder, False
+
+
+def _why_not(parent: Path, runs: Sequence[Path], text: str) -> str:
+    """Why no run in `parent` can be gone on with."""
+    unfinished = [config.parent for config in runs if (config.parent / RECORD_NAME).is_dir()]
+    if not unfinished:
+        return f"{parent} holds no unfinished run"
+    found = yaml.safe_load((unfinished[0] / CONFIG_NAME).read_text(encoding="utf8"))
+    return f"{unfinished[0]} is of another plan: {differences(found, yaml.safe_load(text))}"
 
 
 def missing_batches(indices: Sequence[range], path_of: Callable[[int], Path]) -> list[range]:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conditioning import is_conditional, number_of_classes, read_prompts
+from conditioning import check_prompt, is_conditional, number_of_classes, read_prompts
+from latent_config import read_config
 from latent_model import LatentPlan, execute, latent_size, make_pipeline
 from omegaconf import DictConfig
 from torchvision.utils import make_grid
 
 from ddim.images import load_png, save_png
-from ldm.pretrained import find_checkpoint, load_config
+from ldm.pretrained import find_checkpoint
 from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
     add_quantization_flags,
@@ -87,8 +88,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--prompt, --from-file: give one of them")
     if args.plms and args.dpm:
         raise ValueError("--plms, --dpm: each names a sampler; give one of them")
-    if args.plms and args.ddim_eta:
-        raise ValueError(f"--ddim_eta {args.ddim_eta:g}: PLMS adds no noise, so it must be 0")
+    if (args.plms or args.dpm) and args.ddim_eta:
+        name = "PLMS" if args.plms else "DPM-Solver++"
+        raise ValueError(f"--ddim_eta {args.ddim_eta:g}: {name} adds no noise, so it must be 0")
+    if args.prompt is not None:
+        check_prompt(args.prompt, "--prompt")
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid, --skip_save: nothing would be written; give one of them")
     if args.laion400m:
@@ -101,7 +105,7 @@ def read_model(args: argparse.Namespace) -> tuple[DictConfig, Path]:
     checkpoint = find_checkpoint(args.ckpt)
     beside = checkpoint.with_name("config.yaml")
     path = args.config or (beside if beside.is_file() else CONFIG)
-    config = load_config(path)
+    config = read_config(path)
     if not is_conditional(config) or number_of_classes(config) is not None:
         raise ValueError(f"{path}: expected a text-to-image model; scripts/sample_diffusion_ldm.py samples this one")
     if args.no_grad_ckpt:
@@ -116,10 +120,10 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
     sampler = "plms" if args.plms else "dpm_solver" if args.dpm else "ddim"
     eta = args.ddim_eta if sampler == "ddim" else 0.0
     options = {"steps": args.ddim_steps, "eta": eta, "scale": args.scale, "seed": args.seed}
-    pipeline = make_pipeline(config, latent_size(args, config), sampler=sampler, **options)
+    flag = f"--ddim_steps {args.ddim_steps}"
+    pipeline = make_pipeline(config, latent_size(args, config), flag, sampler=sampler, **options)
     prompts = [args.prompt] * args.n_samples if args.from_file is None else read_prompts(args.from_file, "--from-file")
     calibrating = prompts if args.cali_prompts is None else read_prompts(args.cali_prompts, "--cali_prompts")
-    flag = f"--ddim_steps {args.ddim_steps}"
     return LatentPlan(
         args,
         config,

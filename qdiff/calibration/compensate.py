@@ -110,7 +110,8 @@ def compensate_unit(
             continue
         moment = InputMoment(layer, options.rows, generator)
         with recording_inputs(layer, moment.add):
-            frontier.outputs(name)
+            for _ in frontier.batch_outputs(name):
+                pass
         codes, bases[layer_name] = compensate(layer, bases[layer_name], moment.total, options)
         layer.freeze(codes)
 

@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.adam import Adam
 from qdiff.calibration.capture import dropping, recording_outputs, training_mode
-from qdiff.calibration.objectives import lp_loss, rounding_penalty
+from qdiff.calibration.graphs import repeated
+from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty
+from qdiff.calibration.store import Column
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
+from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE
 from qdiff.spec import Learn, Reconstruct
 from qdiff.steps import StepTable
+
+Source = tuple[Tensor, ...] | Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def take_rows(source: Source, index: Tensor) -> tuple[Tensor, ...]:
+    """The arguments of the samples `index` [B]: of tensors [N, ...] each, or as a function of the index."""
+    return tuple(a[index] for a in source) if isinstance(source, tuple) else source(index)
 
 
 @dataclass
 class UnitData:
     """What a unit learns from, over all calibration samples.
 
-    quantized, float_: the module's arguments from the quantized and the float prefix, each [N, ...] (the one that the
-    stage does not use may be None); target: the float unit's output for the float ones; t: [N].
+    quantized, float_: the module's arguments from the quantized and the float prefix (the one that the stage does not
+    use may be None); target: [N, ...] the float unit's output for the float ones; t: [N], on the device; on_device:
+    whether all of it is in the device's memory.
     """
 
-    quantized: tuple[Tensor, ...] | None
-    float_: tuple[Tensor, ...] | None
-    target: Tensor
+    quantized: Source | None
+    float_: Source | None
+    target: Tensor | Column
     t: Tensor
+    on_device: bool = True
 
     def arguments(self, stage: Reconstruct, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The module's arguments for the samples `index` [B], as the stage's input source says.
@@ -38,11 +51,12 @@ class UnitData:
         quantized prefix's (EDA-DM, methods §2.3).
         """
         if stage.inputs == "float":
-            return tuple(a[index] for a in self.float_)
-        chosen = tuple(a[index] for a in self.quantized)
+            return take_rows(self.float_, index)
+        chosen = take_rows(self.quantized, index)
         if stage.inputs == "mixed":
-            chance = torch.rand(chosen[0].shape, generator=generator).to(chosen[0].device)
-            return torch.where(chance < stage.mix, chosen[0], self.float_[0][index]), *chosen[1:]
+            first = chosen[0]
+            chance = torch.rand(first.shape, generator=generator, device=generator.device).to(first.device)
+            return torch.where(chance < stage.mix, first, take_rows(self.float_, index)[0]), *chosen[1:]
         return chosen
 
 
@@ -53,10 +67,10 @@ class History:
     losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-def minibatches(count: int, batch_size: int, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random sample indices [min(batch_size, count)], without repeats inside a batch."""
-    for _ in range(iterations):
-        yield torch.randperm(count, generator=generator)[: min(batch_size, count)]
+def minibatches(count: int, batch_size: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """[iterations, min(batch_size, count)] random sample indices, without repeats inside a batch."""
+    batches = [torch.randperm(count, generator=generator)[:batch_size] for _ in range(iterations)]
+    return torch.stack(batches)
 
 
 Groups = dict[str, list[nn.Parameter]]  # learned parameters by group name
@@ -78,18 +92,84 @@ def parameter_groups(unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module,
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def _optimizers(
-    groups: Groups, learn: dict[str, Learn], iterations: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """One Adam with a rate and a schedule per parameter group."""
-    optimizer = torch.optim.Adam([{"params": p, "lr": learn[name].rate} for name, p in groups.items()])
+def rate_table(learn: Learn, iterations: int) -> Tensor:
+    """[iterations] float64, the rate of every iteration."""
+    if learn.schedule == "constant":
+        return torch.full((iterations,), learn.rate, dtype=torch.float64)
+    angle = math.pi * torch.arange(iterations, dtype=torch.float64) / iterations
+    return learn.rate * 0.5 * (1 + angle.cos())
 
-    def factor(schedule: str) -> Callable[[int], float]:
-        if schedule == "constant":
-            return lambda i: 1.0
-        return lambda i: 0.5 * (1 + math.cos(math.pi * i / iterations))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(learn[name].schedule) for name in groups])
+@dataclass
+class Learning:
+    """One unit's learning: everything an iteration reads and writes, as tensors on the unit's device."""
+
+    unit: nn.Module
+    data: UnitData
+    stage: Reconstruct
+    groups: Groups
+    steps: StepTable
+    generator: torch.Generator  # on the unit's device; draws what an iteration draws
+    indices: Tensor  # [iterations, B]
+    float_unit: nn.Module | None
+    penalized: list[Tensor]
+    team: Team
+    products: str  # "float32", or "bfloat16" for products in half precision
+
+    def __post_init__(self) -> None:
+        iterations, device = self.stage.iterations, self.indices.device
+        learn = self.stage.learn
+        self.adam = Adam([(p, rate_table(learn[name], iterations)) for name, p in self.groups.items()])
+        self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the iteration to come
+        self.beta = penalty_table(self.stage.penalty, iterations).to(self.data.t.device)
+        self.losses = torch.zeros(iterations, device=device)
+
+    def penalty_starts(self) -> int:
+        """The first iteration with a rounding penalty."""
+        on = (self.beta > 0).nonzero()
+        return int(on[0]) if len(on) and self.penalized else self.stage.iterations
+
+    def iterate(self, penalize: bool) -> None:
+        """One iteration: loss, gradients, step. Decides nothing by the values of tensors."""
+        index = self.indices.index_select(0, self.number)[0]
+        mine = self.team.share(index)
+        with self.steps.at(self.data.t.index_select(0, mine)):
+            loss = self._loss(mine)
+        self.adam.zero_grad()
+        total = loss * (len(mine) / len(index))  # shares of the batch may differ by one
+        if penalize:
+            beta = self.beta.index_select(0, self.number)
+            total = total + rounding_penalty(self.penalized, self.stage.penalty, beta) / self.team.size
+        total.backward()
+        self.team.sum(self.adam.gradients())
+        self.adam.step(self.number)
+        for scale in self.groups.get("scale", []):
+            scale.data.clamp_min_(MIN_SCALE)
+        self.losses.index_copy_(0, self.number, loss.detach().reshape(1).float())
+        self.number += 1
+
+    def _products(self, device: torch.device) -> AbstractContextManager:
+        if self.products == "bfloat16":
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The stage's loss, without penalty, for the samples `index`."""
+        data, stage, unit = self.data, self.stage, self.unit
+        args, target = data.arguments(stage, index, self.generator), data.target[index]
+        if stage.loss.taps == 0:
+            with self._products(target.device):
+                output = unit(*args)
+            return lp_loss(output.to(target.dtype), target, stage.loss)
+        layers = quant_layers(unit)
+        with self._products(target.device), recording_outputs(layers.values()) as outputs:
+            output = unit(*args)
+        loss = lp_loss(output.to(target.dtype), target, stage.loss)
+        with torch.no_grad(), recording_outputs(self.float_unit.get_submodule(name) for name in layers) as targets:
+            self.float_unit(*take_rows(data.float_, index))
+        # Layers are compared in the order of their calls, which both units share; the last one is the output's own.
+        pairs = list(zip(outputs, targets, strict=True))[:-1]
+        return loss + stage.loss.taps * sum(lp_loss(out.to(aim.dtype), aim, stage.loss) for out, aim in pairs)
 
 
 def optimise(
@@ -103,37 +183,48 @@ def optimise(
     penalized: list[Tensor] | None = None,
     train_mode: bool = False,
     tick: Callable[[float], None] = lambda loss: None,
+    team: Team | None = None,
+    products: str = "float32",
 ) -> History:
     """Learn the parameters of `groups` so that the unit's output meets the target.
 
     float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
-    penalty (default: all). tick: called after each iteration with the last loss noted. Gradients reach only `groups`.
+    penalty (default: all). tick: called after each iteration with the last loss noted. team: processes that share the
+    batches. Gradients reach only `groups`.
     """
     penalized = groups.get("rounding", []) if penalized is None else penalized
-    penalty = rounding_penalty(penalized, stage.penalty, stage.iterations)
-    optimizer, scheduler = _optimizers(groups, stage.learn, stage.iterations)
-    history, every = History(), max(1, stage.iterations // 100)
-    quantizers = act_quantizers(unit).values()
+    device, iterations = data.t.device, stage.iterations
+    indices = minibatches(len(data.t), stage.batch_size, iterations, generator).to(device)
+    draws = _on_device(generator, device)
+    history, every = History(), max(1, iterations // 100)
     with ExitStack() as modes:
         modes.enter_context(_learning(groups))
         modes.enter_context(training_mode(unit, train_mode))
-        modes.enter_context(dropping(quantizers, stage.drop, generator))
-        modes.enter_context(_seeded(train_mode, generator, data.target.device))
-        batches = minibatches(len(data.target), stage.batch_size, stage.iterations, generator)
-        for iteration, index in enumerate(batches):
-            index = index.to(data.target.device)
-            with steps.at(data.t[index]):
-                loss = _unit_loss(unit, data, index, stage, generator, float_unit)
-            optimizer.zero_grad()
-            (loss + penalty(iteration)).backward()
-            optimizer.step()
-            scheduler.step()
-            for scale in groups.get("scale", []):
-                scale.data.clamp_min_(MIN_SCALE)
-            if iteration % every == 0 or iteration == stage.iterations - 1:
-                history.losses.append((iteration, loss.item()))
+        modes.enter_context(dropping(act_quantizers(unit).values(), stage.drop, draws))
+        modes.enter_context(_seeded(train_mode, generator, device))
+        work = Learning(
+            *(unit, data, stage, groups, steps, draws, indices, float_unit, penalized),
+            team or Team(),
+            products,
+        )
+        starts = work.penalty_starts()
+        # A graph holds the random state of its own generators only, and no copies between host and device.
+        captures = data.on_device and not train_mode and work.team.size == 1
+        where = device if captures else torch.device("cpu")
+        step = {p: repeated(lambda p=p: work.iterate(p), where, [draws]) for p in (False, True)}
+        for iteration in range(iterations):
+            step[iteration >= starts]()
+            if iteration % every == 0 or iteration == iterations - 1:
+                history.losses.append((iteration, work.losses[iteration].item()))
             tick(history.losses[-1][1])
     return history
+
+
+def _on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator on the device: the given one, or one that is seeded from it."""
+    if generator.device == device or device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 @contextmanager
@@ -161,25 +252,3 @@ def _seeded(active: bool, generator: torch.Generator, device: torch.device) -> I
     with fork:
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
-
-
-def _unit_loss(
-    unit: nn.Module,
-    data: UnitData,
-    index: Tensor,
-    stage: Reconstruct,
-    generator: torch.Generator,
-    float_unit: nn.Module | None,
-) -> Tensor:
-    """The stage's loss, without penalty, for the samples `index`."""
-    args, target = data.arguments(stage, index, generator), data.target[index]
-    if stage.loss.taps == 0:
-        return lp_loss(unit(*args), target, stage.loss)
-    layers = list(quant_layers(unit))
-    with recording_outputs(quant_layers(unit).values()) as outputs:
-        loss = lp_loss(unit(*args), target, stage.loss)
-    with torch.no_grad(), recording_outputs(float_unit.get_submodule(name) for name in layers) as targets:
-        float_unit(*(a[index] for a in data.float_))
-    # Layers are compared in the order of their calls, which both units share; the last one is the output's own.
-    pairs = list(zip(outputs, targets, strict=True))[:-1]
-    return loss + stage.loss.taps * sum(lp_loss(out, aim, stage.loss) for out, aim in pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,19 +27,16 @@ def temperature(penalty: RoundingPenalty, iteration: int, iterations: int) -> fl
     return penalty.beta_end + (penalty.beta_start - penalty.beta_end) * max(0.0, 1 - share)
 
 
-def rounding_penalty(
-    alphas: Sequence[Tensor], penalty: RoundingPenalty | None, iterations: int
-) -> Callable[[int], Tensor | float]:
-    """iteration -> weight * sum(1 - |2 h(alpha) - 1|^beta) over all the variables."""
+def penalty_table(penalty: RoundingPenalty | None, iterations: int) -> Tensor:
+    """[iterations] float32: beta at every iteration, 0 while the penalty is off."""
+    if penalty is None:
+        return torch.zeros(iterations)
+    return torch.tensor([temperature(penalty, i, iterations) or 0.0 for i in range(iterations)])
 
-    def at(iteration: int) -> Tensor | float:
-        beta = None if penalty is None else temperature(penalty, iteration, iterations)
-        if beta is None or not alphas:
-            return 0.0
-        total = sum((1 - (2 * soft_round(alpha) - 1).abs().pow(beta)).sum() for alpha in alphas)
-        return penalty.weight * total
 
-    return at
+def rounding_penalty(alphas: Sequence[Tensor], penalty: RoundingPenalty, beta: Tensor) -> Tensor:
+    """weight * sum(1 - |2 h(alpha) - 1|^beta) over all the variables. beta: [1]."""
+    return penalty.weight * sum((1 - (2 * soft_round(a) - 1).abs().pow(beta.to(a.dtype))).sum() for a in alphas)
 
 
 def mean_lp(outputs: Tensor, targets: Tensor, loss: Loss) -> float:

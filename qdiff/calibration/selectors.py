@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,14 @@ class CalibrationSet:
         """index: [M] long. Returns those states."""
         context = None if self.context is None else self.context[index]
         return CalibrationSet(self.x[index], self.t[index], self.step[index], context)
+
+    def digest(self) -> str:
+        """SHA-256 of the states."""
+        found = hashlib.sha256()
+        for tensor in (self.x, self.t, self.step, self.context):
+            if tensor is not None:
+                found.update(tensor.contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def batches(self, size: int) -> Iterator[CalibrationSet]:
         """The states in their order, `size` at a time."""

@@ -70,10 +70,16 @@ class Recorder:
 
 
 def concatenate(parts: Iterable[Trajectories]) -> Trajectories:
-    """Trajectories of several batches of samples as one. Raises ValueError when their steps differ."""
+    """Trajectories of several batches of samples as one.
+
+    Raises ValueError when their steps differ, or only some have conditioning.
+    """
     parts = list(parts)
     if len({part.steps for part in parts}) != 1:
         raise ValueError(f"trajectories of different lengths: {sorted({part.steps for part in parts})} steps")
+    if len({frozenset(part.extra) for part in parts}) != 1:
+        found = " and ".join(sorted({", ".join(sorted(part.extra)) or "none" for part in parts}))
+        raise ValueError(f"trajectories with different conditioning: {found}")
 
     def join(columns: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if all(_constant(column) for column in columns):  # keep it one tensor: embeddings are large
@@ -137,9 +143,10 @@ def _load_folder(path: Path) -> Trajectories:
     for shard in shards[1:]:
         if shard_provenance(shard) != origin:
             raise ValueError(f"{shard}: expected calibration data made like {shards[0].name}, found other settings")
+    parts = [_load_shard(shard) for shard in shards]
     try:
-        found = concatenate(_load_shard(shard) for shard in shards)
-    except RuntimeError as error:  # shards without provenance may differ in anything
+        found = concatenate(parts)
+    except (RuntimeError, ValueError) as error:  # shards without provenance may differ in anything
         raise ValueError(f"{path}: its shards do not fit together: {error}") from error
     expected = origin.get("n_samples", found.samples)
     if found.samples != expected:
@@ -185,17 +192,33 @@ def _checked(content: Any, path: Path) -> Trajectories:
     if len(set(lengths.values())) != 1 or not columns["xs"]:
         raise ValueError(f"{path}: expected as many steps in every column, found {lengths}")
     for x, t in zip(columns["xs"], columns["ts"], strict=True):
-        if x.dim() != 4 or not len(x) or t.shape != x.shape[:1]:
+        if x.shape != columns["xs"][0].shape or x.dim() != 4 or not len(x) or t.shape != x.shape[:1]:
             raise ValueError(
                 f"{path}: expected xs [N, C, H, W] and ts [N], found {tuple(x.shape)} and {tuple(t.shape)}"
             )
         if not (x.isfinite().all() and t.isfinite().all()):
             raise ValueError(f"{path}: expected finite calibration states, found infinite or undefined values")
-    for key in CONDITIONING:
-        for c, x in zip(columns.get(key, ()), columns["xs"], strict=False):
-            if c.dim() == 0 or len(c) != len(x):
-                raise ValueError(f"{path}: expected {key} of {len(x)} samples, found shape {tuple(c.shape)}")
+    _check_conditioning(columns, path)
     return Trajectories(columns.pop("xs"), columns.pop("ts"), columns)
+
+
+def _check_conditioning(columns: dict[str, tuple[Tensor, ...]], path: Path) -> None:
+    """Raise ValueError for embeddings that do not go with the states, or whose sizes differ among themselves."""
+    samples, given = len(columns["xs"][0]), [key for key in CONDITIONING if key in columns]
+    for key in given:
+        first = columns[key][0]
+        if first.dim() == 0 or len(first) != samples:
+            raise ValueError(f"{path}: expected {key} of {samples} samples, found shape {tuple(first.shape)}")
+        for step in columns[key] if not _constant(columns[key]) else (first,):
+            if step.shape != first.shape:
+                wanted = f"{key} of shape {tuple(first.shape)} at every step"
+                raise ValueError(f"{path}: expected {wanted}, found {tuple(step.shape)}")
+            if not step.isfinite().all():
+                raise ValueError(f"{path}: expected finite {key}, found infinite or undefined values")
+        other = columns[given[0]][0]
+        if first.shape != other.shape:
+            wanted = f"{key} of shape {tuple(other.shape)}, as {given[0]}"
+            raise ValueError(f"{path}: expected {wanted}, found {tuple(first.shape)}")
 
 
 def _steps(column: Any, key: str, path: Path) -> tuple[Tensor, ...]:

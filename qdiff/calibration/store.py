@@ -1,0 +1,140 @@
+"""Where calibration states live: on the device, then in host memory, then on disk, under one memory limit each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLACES = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """Bytes of states kept on the device and in host memory; None for no limit. On a CPU only the host's counts."""
+
+    device: int | None = None
+    host: int | None = None
+
+
+class Store:
+    """Makes columns, each in the fastest place that has room for it, and keeps count of what they take.
+
+    Files lie in the folder `scratch` (default: the system's temporary one) and have no names, so that none is left
+    behind. Raises OSError where the disk is full.
+    """
+
+    def __init__(self, device: torch.device, limits: MemoryLimits | None = None, scratch: Path | None = None) -> None:
+        self.device = torch.device(device)
+        limits = limits or MemoryLimits()
+        on_host = self.device.type == "cpu"
+        self.limits = {"device": 0 if on_host else limits.device, "host": limits.host, "disk": None}
+        self.used = dict.fromkeys(PLACES, 0)
+        self.peak = dict.fromkeys(PLACES, 0)
+        self._scratch = scratch
+
+    def column(self, rows: int, like: Tensor) -> Column:
+        """An uninitialised column of `rows` rows, each of the shape and dtype of a row of `like`."""
+        shape = (rows, *like.shape[1:])
+        size = like.new_empty(0).element_size() * shape[0] * like[:1].numel()
+        place = next(p for p in PLACES if self.limits[p] is None or self.used[p] + size <= self.limits[p])
+        data = self._allocate(place, shape, like.dtype, size)
+        self.used[place] += size
+        self.peak[place] = max(self.peak[place], self.used[place])
+        column = Column(data, place, self.device)
+        weakref.finalize(column, _release, self.used, place, size)
+        return column
+
+    def has_spilled(self) -> bool:
+        """Whether any column had to go elsewhere than to the device."""
+        return self.device.type != "cpu" and self.peak["host"] + self.peak["disk"] > 0
+
+    def _allocate(self, place: str, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
+        if place != "disk" or size == 0:
+            return torch.empty(shape, dtype=dtype, device=self.device if place == "device" else "cpu")
+        if self._scratch is not None:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix="states-", dir=self._scratch)
+        try:
+            os.posix_fallocate(handle, 0, size)  # a mapped write to a full disk would kill the process
+            count = size // torch.empty((), dtype=dtype).element_size()
+            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno), str(self._scratch or tempfile.gettempdir())) from error
+        finally:  # the mapping keeps the space until it goes; nothing is left behind, even by a killed process
+            os.close(handle)
+            os.unlink(path)
+
+
+def _release(used: dict[str, int], place: str, size: int) -> None:
+    used[place] -= size
+
+
+class Column:
+    """N rows of one quantity, in one place; rows are read to the device."""
+
+    def __init__(self, data: Tensor, place: str, device: torch.device) -> None:
+        self.data, self.place, self.device = data, place, device
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        self.data[rows] = values.to(self.data.device)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """rows: a slice, or [M] long. Returns them on the device."""
+        if isinstance(rows, slice):
+            return self.data[rows].to(self.device)
+        return self.data.index_select(0, rows.to(self.data.device)).to(self.device)
+
+
+class Rows:
+    """Some rows of a column that are read when they are first used: what a segment does not look at costs nothing.
+
+    Stands for a tensor in PyTorch's functions and gives that tensor's attributes.
+    """
+
+    def __init__(self, column: Column, rows: slice | Tensor) -> None:
+        self.column, self._rows, self._read = column, rows, None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rows, on the device."""
+        if self._read is None:
+            self._read = self.column[self._rows]
+        return self._read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
+
+
+def plain(value: Any) -> Any:
+    """The value with rows read into tensors, also inside lists and tuples."""
+    if isinstance(value, Rows):
+        return value.tensor
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value
+
+
+def map_leaves(state: Any, function: Callable[[Any], Any]) -> Any:
+    """A chain's state (a dataclass of leaves, tuples of leaves and None) with `function` applied to every leaf."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(convert, value))
+        return None if value is None else function(value)
+
+    return replace(state, **{field.name: convert(getattr(state, field.name)) for field in fields(state)})
