@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -48,13 +51,16 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """x: any shape; scale, zero_point: broadcastable to it. Returns x snapped to the grid, same shape and dtype.
 
-    Gradients reach x (straight through, zero where clipped) and scale. Without them, float32 tensors on an accelerator
-    under a single scale go through one fused kernel, which multiplies by 1/scale where the definition divides: an
-    input within float32 rounding of a tie may take the neighbouring code. On the CPU that kernel is not vectorised and
-    20 times slower than the same steps in place (torch 2.15).
+    Gradients reach x (straight through, zero where clipped) and scale; on GPUs one fused kernel each way computes them
+    (`qdiff.fused`) where the tensor is contiguous and has a single scale. Without gradients, float32 tensors on an
+    accelerator under a single scale go through one fused kernel, which multiplies by 1/scale where the definition
+    divides: an input within float32 rounding of a tie may take the neighbouring code. On the CPU that kernel is not
+    vectorised and 20 times slower than the same steps in place (torch 2.15).
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        return _FakeQuantize.apply(x, scale, zero_point, spec.lo, spec.hi)
+        kernels = fused_kernels(x, scale) if scale.numel() == 1 else None
+        function = _FakeQuantize if kernels is None else kernels.FusedFakeQuantize
+        return function.apply(x, scale, zero_point, spec.lo, spec.hi)
     if not x.is_cpu and x.dtype == torch.float32 and scale.numel() == 1:
         return fused_fake_quantize(x, scale, zero_point, spec)
     snapped = (x / scale).round_()
@@ -67,6 +73,15 @@ def fused_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quan
     """`fake_quantize` of a float32 tensor under one scale as a single kernel of PyTorch's, without gradients."""
     zero = zero_point.to(torch.int32).reshape(())
     return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, spec.lo, spec.hi)
+
+
+def fused_kernels(x: Tensor, scale: Tensor) -> ModuleType | None:
+    """`qdiff.fused` where its kernels take these tensors; CPUs never load it but to test it."""
+    if x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    from qdiff import fused
+
+    return fused if fused.available(x, scale) else None
 
 
 def soft_round(alpha: Tensor) -> Tensor:
@@ -87,6 +102,8 @@ def sharpen(h: Tensor, exponent: float) -> Tensor:
 
 def soft_quantize(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
     """The weight scale * (clip(floor(base/scale) + h(alpha) + z, lo, hi) - z); gradients reach alpha."""
+    if torch.is_grad_enabled() and alpha.requires_grad and (kernels := fused_kernels(base, scale)) is not None:
+        return kernels.FusedSoftRound.apply(base, scale, zero_point, alpha, spec)
     codes = (torch.floor(base / scale) + soft_round(alpha) + zero_point).clamp(spec.lo, spec.hi)
     return (codes - zero_point) * scale
 
