@@ -31,6 +31,6 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "diffusers": ["diffusers"],
-        "test": ["pytest", "hypothesis", "ruff~=0.17.5"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff~=0.17.5"],
     },
 )

@@ -22,6 +22,7 @@ from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.commandline import bits_label, chosen_recipe, method_options, tensor_float32
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import for_given_weights
+from qdiff.parallel import Team
 from qdiff.progress import PLOT_NAME, CalibrationLog, peak_memory, plot_losses
 from qdiff.published import (
     load_published,
@@ -156,19 +157,21 @@ def calibrate_and_write(
     record: Callable[[int], Trajectories],
     folder: Path,
     provenance: dict[str, Any],
+    team: Team | None = None,
 ) -> nn.Module:
     """Calibrate by the plan's recipe and write ckpt.safetensors and ckpt.pth into `folder`; return the network.
 
     record: count -> float sampling states of that many samples, where the flags name no file of them. Until the
     result is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
-    with the result if that was written.
+    with the result if that was written. Of a team's processes the leading one writes; all return the same network.
     """
-    args, unfinished, finished = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME
-    if finished.exists():
+    args, unfinished, finished, team = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
+    if team.broadcast(finished.exists()):
         logger.info("%s: calibrated before the interruption", finished)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if team.leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
         return load_checkpoint(finished).network
-    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.per_step, unfinished)
+    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.per_step, unfinished, team)
     provenance = {"seed": args.seed, **provenance}
     data = select(trajectories, plan.recipe.selector)
     device = next(float_network.parameters()).device
@@ -176,32 +179,41 @@ def calibrate_and_write(
         memory=args.max_memory or MemoryLimits(),
         scratch=args.scratch or folder,
         record=unfinished,
-        plan=provenance | {"recipe": plan.recipe.to_dict(), "states": data.digest(), "weights": str(args.cali_ckpt)},
+        plan=provenance
+        | {
+            "recipe": plan.recipe.to_dict(),
+            "states": data.digest(),
+            "weights": str(args.cali_ckpt),
+            "products": args.calibration_products,
+        },
+        team=team,
         products="bfloat16" if args.calibration_products == "bfloat16" else "float32",
     )
     with tensor_float32(args.calibration_products == "tf32"):
         run = calibrate(
             *(float_network, adapter, plan.recipe, data, args.seed, trajectories.timesteps),
-            CalibrationLog(folder, device),
+            CalibrationLog(folder, device) if team.leads else None,
             weights_from=inputs.loaded,
             options=options,
         )
     logger.info("states took at most %s bytes", run.store.peak)
     logger.info("peak memory: %s bytes", peak_memory(device))
-    plot_losses(run.reports, folder / PLOT_NAME)
-    write_calibrated(folder, run, trajectories.timesteps, provenance)
-    (unfinished / STATES_NAME).unlink(missing_ok=True)
-    run.record.remove()
+    if team.leads:
+        plot_losses(run.reports, folder / PLOT_NAME)
+        write_calibrated(folder, run, trajectories.timesteps, provenance)
+        (unfinished / STATES_NAME).unlink(missing_ok=True)
+        run.record.remove()
     return run.network
 
 
-def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Path) -> Trajectories:
+def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Path, team: Team) -> Trajectories:
     """The states of the run that was interrupted, or new ones, kept for that case."""
     path = unfinished / STATES_NAME
-    if path.exists():
-        return load_trajectories(path)
+    if team.broadcast(path.exists()):
+        return team.broadcast(load_trajectories(path) if team.leads else None)
     trajectories = record(count)
-    save_shard(trajectories, path, {})
+    if team.leads:
+        save_shard(trajectories, path, {})
     return trajectories
 
 

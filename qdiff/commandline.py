@@ -113,6 +113,14 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> N
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
 
 
+def add_team_flags(parser: argparse.ArgumentParser) -> None:
+    """--devices, --num_nodes."""
+    group = parser.add_argument_group("several processes", "Images are the same however many there are.")
+    group.add_argument("--devices", type=whole(1), default=1, metavar="N", help="GPUs of a machine, or CPU processes")
+    machines = "machines, which share the output folder; start the same command on each, by torchrun or srun"
+    group.add_argument("--num_nodes", type=whole(1), default=1, metavar="M", help=machines)
+
+
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     """The original scripts' quantization flags, and --method, --recipe, --rounding_start, --compat.
 
@@ -296,12 +304,16 @@ def new_folder(parent: Path) -> Path:
             folder = parent / f"{name}-{attempt}"
 
 
-def start_log(folder: Path, verbose: bool) -> None:
-    """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written."""
+def start_log(folder: Path, verbose: bool, rank: int = 0) -> None:
+    """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written.
+
+    rank: of this process among several; those behind the first log into files of their own, and show errors only.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.FileHandler(folder / "run.log", encoding="utf8"), logging.StreamHandler(sys.stderr)]
+    name = f"run.rank{rank}.log" if rank else "run.log"
+    handlers = [logging.FileHandler(folder / name, encoding="utf8"), logging.StreamHandler(sys.stderr)]
     handlers[0].setLevel(logging.DEBUG if verbose else logging.INFO)
-    handlers[1].setLevel(logging.INFO if verbose else logging.WARNING)
+    handlers[1].setLevel(logging.ERROR if rank else logging.INFO if verbose else logging.WARNING)
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that becomes `path` if the block ends well, and vanishes if not."""
+    """Yield a temporary path in the same folder that becomes `path` if the block ends well, and vanishes if not.
+
+    Raises OSError naming the file where it cannot be written: a full disk, a folder that is read-only.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -28,6 +32,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:
+        if error.strerror is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # writing to an open file names none
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -42,13 +50,21 @@ def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dic
     """Write tensors and string metadata atomically; the same content gives the same bytes with one metadata key only,
     since safetensors writes several in any order."""
     with atomic(path) as temporary:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def save_pickle(content: Any, path: str | Path) -> None:
     """`torch.save`, atomically; the same content gives the same bytes."""
     with atomic(path) as temporary, temporary.open("wb") as file:  # given a path, it would write the name into the file
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # its zip writer stumbles over the error that the file gave
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from None
 
 
 def load_pickle(path: str | Path, what: str) -> Any:

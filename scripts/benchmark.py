@@ -3,6 +3,7 @@
 
 simulate: one network evaluation of the simulated quantized model against the float model's.
 memory: peak memory of loading a latent model, quantizing it to nearest, saving and loading it packed.
+calibrate: iterations of every unit, capture, ranges and peak memory; with --against plain, ratios to a plain loop.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from calibration_benchmark import UNIT_COLUMNS, WORK_COLUMNS, add_calibrate_command, benchmark_calibration, present
 from memory_benchmark import MEMORY_COLUMNS, add_memory_command, memory
 from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
 
@@ -40,6 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     simulate.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(simulate)
     add_memory_command(commands)
+    add_calibrate_command(commands)
     return parser.parse_args(argv)
 
 
@@ -100,16 +104,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.command == "simulate":
         about["batch_size"] = args.batch_size
+    if args.command == "calibrate":
+        about |= {"states": args.cali_st * args.cali_n, "products": args.products}
     if args.dry_run:
         print_plan(about)
         return
     if args.json is not None:  # a folder that cannot be made is known before the measurement
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    rows, columns = (simulate(args), COLUMNS) if args.command == "simulate" else (memory(args), MEMORY_COLUMNS)
+    found = measure(args, device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(markdown_table(rows, columns))
+    show(found)
     if args.json is not None:
-        write_text(args.json, json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write_text(args.json, json.dumps(about | found, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The command's tables, and other numbers, by name."""
+    if args.command == "calibrate":
+        return benchmark_calibration(args, device)
+    return {"rows": simulate(args) if args.command == "simulate" else memory(args)}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was measured."""
+    tables = {"rows": [*COLUMNS, *MEMORY_COLUMNS[1:]], "units": UNIT_COLUMNS, "work": WORK_COLUMNS}
+    for name, value in found.items():
+        if name in tables:
+            print(markdown_table(value, present(value, tables[name])))
+        else:
+            print(f"{name}: {value}")
 
 
 if __name__ == "__main__":

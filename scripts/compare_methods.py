@@ -35,6 +35,7 @@ from qdiff.calibration.trajectories import Trajectories
 from qdiff.checkpoints import save_checkpoint
 from qdiff.commandline import (
     add_run_flags,
+    add_team_flags,
     choose_device,
     describe_device,
     make_parser,
@@ -48,8 +49,10 @@ from qdiff.evaluation.fidelity import METRIC, fd_cifar10
 from qdiff.evaluation.picture import comparison_picture
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.evaluation.table import markdown_table
+from qdiff.fabric import start_team
 from qdiff.files import write_text
 from qdiff.methods import METHODS, MethodOptions, make_recipe
+from qdiff.parallel import Team
 from qdiff.progress import BarProgress
 from qdiff.spec import Recipe
 
@@ -88,6 +91,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--n_samples", type=whole(2), default=16, help="images to compare")
     group.add_argument("--outdir", type=Path, default=Path("outputs/comparison"), help="output folder")
     add_run_flags(parser)
+    add_team_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -145,9 +149,12 @@ class Comparison:
     model: FloatModel
     trajectories: Trajectories
     reference: Tensor  # [N, C, H, W] in [0, 1]
+    team: Team
 
     def row(self, label: str, method: str, bits: tuple[int, int], images: Tensor, size: int, **more) -> dict:
-        """One row of the results."""
+        """One row of the results, which the leading process writes."""
+        if not self.team.leads:
+            return {}
         psnr = pooled_psnr_db(images, self.reference)
         return {
             "method": method,
@@ -168,25 +175,24 @@ class Comparison:
         plan = provenance | {"recipe": entry.recipe.to_dict(), "states": data.digest()}
         run = calibrate(
             *(self.model.network, ADAPTER, entry.recipe, data, args.seed, self.trajectories.timesteps),
-            BarProgress(),
-            options=RunOptions(record=args.outdir / f"{entry.slug}.unfinished", plan=plan),
+            BarProgress() if self.team.leads else None,
+            options=RunOptions(record=args.outdir / f"{entry.slug}.unfinished", plan=plan, team=self.team),
         )
         calibrated = time.monotonic()
         path = args.outdir / f"{entry.slug}.safetensors"
-        save_checkpoint(path, run.network, ADAPTER, entry.recipe, self.trajectories.timesteps, provenance)
-        run.record.remove()
+        if self.team.leads:
+            save_checkpoint(path, run.network, ADAPTER, entry.recipe, self.trajectories.timesteps, provenance)
+            run.record.remove()
         before = time.monotonic()
-        images = sample_images(self.pipeline, run.network, args.n_samples, self.batch_size, f"{entry.label} images")
+        title, batch_size = f"{entry.label} images", self.model.config.sampling.batch_size
+        images = sample_images(self.pipeline, run.network, args.n_samples, batch_size, title, self.team)
         seconds = {
             "calibration_seconds": round(calibrated - started, 1),
             "sampling_seconds": round(time.monotonic() - before, 1),
         }
         bits = (entry.recipe.weights.bits, entry.act_bits)
-        return self.row(entry.label, entry.method, bits, images, stored_bytes(path), **seconds), images
-
-    @property
-    def batch_size(self) -> int:
-        return self.model.config.sampling.batch_size
+        size = stored_bytes(path) if self.team.leads else 0
+        return self.row(entry.label, entry.method, bits, images, size, **seconds), images
 
 
 def write_results(outdir: Path, rows: list[dict], pictures: list[tuple[dict, Tensor]], seconds: float) -> str:
@@ -215,7 +221,7 @@ def write_results(outdir: Path, rows: list[dict], pictures: list[tuple[dict, Ten
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, started = parse_args(argv), time.monotonic()
+    args = parse_args(argv)
     config = read_config(args)
     pipeline, todo, device = make_pipeline(args, config), entries(args), choose_device(args.device)
     if args.cali_st > (steps := len(pipeline.timesteps())):
@@ -224,21 +230,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_plan({**pipeline.describe(), "runs": {entry.slug: entry.recipe.to_dict() for entry in todo}})
         return
     model = load_float_model(args, config)
-    start_log(args.outdir, args.verbose)
-    network, size = model.network.to(device), config.sampling.batch_size
-    trajectories = record(pipeline, network, args.cali_n, size)
+    with start_team(args, device) as team:
+        start_log(args.outdir, args.verbose, team.rank)
+        network = model.network.to(team.device or device)
+        compare(args, pipeline, replace(model, network=network), todo, team)
+
+
+def compare(args: argparse.Namespace, pipeline: Pipeline, model: FloatModel, todo: list[Entry], team: Team) -> None:
+    """Record float states, calibrate and measure each entry, and write the results so far after each."""
+    started, network, size = time.monotonic(), model.network, model.config.sampling.batch_size
+    trajectories = record(pipeline, network, args.cali_n, size, team)
     sampling = time.monotonic()
-    reference = sample_images(pipeline, network, args.n_samples, size, "float images")
+    reference = sample_images(pipeline, network, args.n_samples, size, "float images", team)
     seconds = round(time.monotonic() - sampling, 1)
-    comparison = Comparison(args, pipeline, model, trajectories, reference)
+    comparison = Comparison(args, pipeline, model, trajectories, reference, team)
     first = comparison.row("float", "float", (32, 32), reference, float_bytes(network), sampling_seconds=seconds)
     pictures = [(first, reference)]
     for entry in todo:
         pictures.append(comparison.run(entry))
         logger.info("%s", pictures[-1][0])
-        rows = [row for row, _ in pictures]
-        table = write_results(args.outdir, rows, pictures, time.monotonic() - started)
-    print(f"\n{table}\n\n{args.outdir / 'comparison.png'}, on {describe_device(network)}")
+        if team.leads:
+            rows = [row for row, _ in pictures]
+            table = write_results(args.outdir, rows, pictures, time.monotonic() - started)
+    if team.leads:
+        print(f"\n{table}\n\n{args.outdir / 'comparison.png'}, on {describe_device(network)}")
 
 
 if __name__ == "__main__":

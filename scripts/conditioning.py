@@ -112,7 +112,10 @@ def asked_of_calibration(args: argparse.Namespace, config: DictConfig) -> tuple[
         return (), -1, 1.0
     if (args.prompt is None) == (args.from_file is None):
         raise ValueError("--prompt, --from-file: the model takes prompts; give one of them")
-    prompts = [args.prompt] if args.from_file is None else read_prompts(args.from_file, "--from-file")
+    if args.from_file is None:
+        prompts = [check_prompt(args.prompt, "--prompt")]
+    else:
+        prompts = read_prompts(args.from_file, "--from-file")
     return tuple(prompts), "", 7.5 if args.scale is None else args.scale
 
 

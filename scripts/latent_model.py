@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from conditioning import Conditioner, Entry, calibration_conditioner, digest_of, is_conditional
 from omegaconf import DictConfig, OmegaConf
 from sampling import (
+    ALONE,
     FIRST_CALIBRATION_IMAGE,
     Sample,
     batches,
@@ -37,6 +38,7 @@ from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read
 from qdiff.calibration.trajectories import Trajectories, concatenate
 from qdiff.commandline import print_plan, start_log, warn_without_effect
 from qdiff.files import write_text
+from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
 ADAPTER = adapter_for("ldm")
@@ -152,9 +154,13 @@ def latents_of(
 
 
 def record_latents(
-    pipeline: Pipeline, network: nn.Module, conditioner: Conditioner | None, indices: Sequence[range]
-) -> Sequence[tuple[range, Trajectories]]:
-    """(image indices, float sampling states with their conditioning) of each batch of seeds."""
+    pipeline: Pipeline,
+    network: nn.Module,
+    conditioner: Conditioner | None,
+    indices: Sequence[range],
+    team: Team = ALONE,
+) -> Iterator[tuple[range, Trajectories]]:
+    """(image indices, float sampling states with their conditioning) of each batch of seeds, of the team's part."""
 
     def conditioning(batch: range) -> dict[str, Tensor]:
         if conditioner is None:
@@ -164,15 +170,16 @@ def record_latents(
         return {key: column for key, column in columns.items() if column is not None}
 
     sample, steps = latents_of(pipeline, network, conditioner), len(pipeline.timesteps())
-    return record_batches(sample, steps, indices, conditioning)
+    return record_batches(sample, steps, indices, conditioning, team)
 
 
-def execute(plan: LatentPlan, wanted: Callable[[Path], list[Path]] | None = None) -> Path | None:
+def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] | None = None) -> Path | None:
     """Carry out a plan: calibrate or load, sample, write the images. Returns the run's folder, None for --dry_run.
 
     An unfinished run of the same plan is gone on with: its calibration is not done again, nor are its full batches.
     wanted: folder -> the files without which a run is unfinished (default: the images).
     """
+    plan = replace(plan, device=team.device or plan.device)
     args, quantization, pipeline = plan.args, plan.quantization, plan.pipeline
     if args.dry_run:
         print_plan(plan.describe() | {"folder": str(plan.parent / "<date-time>")}, quantization.recipe)
@@ -183,23 +190,24 @@ def execute(plan: LatentPlan, wanted: Callable[[Path], list[Path]] | None = None
     model = load_model(plan.config, plan.checkpoint).to(plan.device)
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
-    folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration)
-    start_log(folder, args.verbose)
-    if continued:
+    folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration, team)
+    start_log(folder, args.verbose, team.rank)
+    if continued and team.leads:
         there = sum(path.exists() for path in plan.paths(folder))
         print(f"going on with {folder}: {there} of {plan.images} images are there")
-    if plan.entries:
+    if plan.entries and team.leads:
         name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
         write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
     logger.info("%s model from %s", inputs.label(quantization), plan.checkpoint)
     warn_without_effect(args)
-    network = quantized_network(plan, inputs, model, folder).to(plan.device)
-    write_images(plan, model, network, folder)
-    print(f"{plan.images} images of the {inputs.label(quantization)} model in {plan.path_of(folder, 0).parent}")
+    network = quantized_network(plan, inputs, model, folder, team).to(plan.device)
+    write_images(plan, model, network, folder, team)
+    if team.leads:
+        print(f"{plan.images} images of the {inputs.label(quantization)} model in {plan.path_of(folder, 0).parent}")
     return folder
 
 
-def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, folder: Path) -> nn.Module:
+def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, folder: Path, team: Team) -> nn.Module:
     """The network that samples: float, loaded, or calibrated."""
     network = model.model.diffusion_model
     if plan.quantization.recipe is None:
@@ -208,15 +216,16 @@ def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, 
     def record(count: int) -> Trajectories:
         conditioner = calibration_conditioner(model, plan.calibration_entries, plan.nothing, plan.pipeline.scale)
         indices = list(batches(FIRST_CALIBRATION_IMAGE, count, plan.batch_size))
-        return concatenate(part for _, part in record_latents(plan.pipeline, network, conditioner, indices))
+        found = record_latents(plan.pipeline, network, conditioner, indices, team)
+        return concatenate(team.gather([part for _, part in found], len(indices)))
 
     provenance = {"sampling": plan.pipeline.describe(), **origin_of(plan.checkpoint)}
-    return calibrate_and_write(plan.quantization, inputs, ADAPTER, network, record, folder, provenance)
+    return calibrate_and_write(plan.quantization, inputs, ADAPTER, network, record, folder, provenance, team)
 
 
 @torch.no_grad()
-def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, folder: Path) -> None:
-    """Sample and write every batch of which an image is missing."""
+def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, folder: Path, team: Team) -> None:
+    """Sample and write every batch of which an image is missing. Returns when all processes have."""
     path_of = partial(plan.path_of, folder)
     path_of(0).parent.mkdir(exist_ok=True)
     conditioner = None
@@ -229,11 +238,12 @@ def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, f
         with _precision(plan):
             return to_images(model.decode_first_stage(latents(batch, observe)).float())
 
-    todo = missing_batches(plan.indices(), path_of)
-    for batch, images in sample_batches(sample, len(plan.pipeline.timesteps()), todo, "sampling"):
+    todo = missing_batches(plan.indices(), path_of, team)
+    for batch, images in sample_batches(sample, len(plan.pipeline.timesteps()), todo, "sampling", team=team):
         for index, image in zip(batch, images, strict=True):
             save_png(image, path_of(index))
         logger.info("images %d to %d", batch.start, batch.stop - 1)
+    team.wait()
 
 
 def _warn_of_long_prompts(model: LatentDiffusion, entries: Sequence[Entry]) -> None:

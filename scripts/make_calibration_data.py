@@ -27,8 +27,20 @@ from qdiff.calibration.trajectories import (
     shard_path,
     shard_provenance,
 )
-from qdiff.commandline import add_run_flags, choose_device, make_parser, number, print_plan, run_main, start_log, whole
+from qdiff.commandline import (
+    add_run_flags,
+    add_team_flags,
+    choose_device,
+    make_parser,
+    number,
+    print_plan,
+    run_main,
+    start_log,
+    whole,
+)
+from qdiff.fabric import start_team
 from qdiff.files import save_pickle
+from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
 PIXEL_SAMPLERS = ("generalized", "ddpm_noisy", "dpm_solver")
@@ -63,17 +75,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=whole(1), default=64, help="seeds sampled at once; one shard each")
     group.add_argument("--out", type=Path, required=True, help="folder for shards, or a .pt file")
     add_run_flags(parser)
+    add_team_flags(parser)
     return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)
 class Recording:
     """A model whose sampling states are recorded. `load` gives (provenance of the weights, network on the device,
-    indices -> states of each batch)."""
+    (indices, team) -> states of each batch of this process's part)."""
 
     describe: dict
     steps: int
-    load: Callable[[torch.device], tuple[dict, Callable[[list[range]], Iterator[tuple[range, Trajectories]]]]]
+    load: Callable[[torch.device], tuple[dict, Callable[[list[range], Team], Iterator[tuple[range, Trajectories]]]]]
 
 
 def plan_recording(args: argparse.Namespace) -> Recording:
@@ -104,7 +117,7 @@ def _pixel_recording(args: argparse.Namespace) -> Recording:
         model = load_float_model(args, config)
         origin = _origin(ADAPTER, model.network) | model.describe()
         sample = sampler_of(pipeline, model.network.to(device))
-        return origin, lambda indices: record_batches(sample, steps, indices)
+        return origin, lambda indices, team: record_batches(sample, steps, indices, team=team)
 
     return Recording({"config": str(args.config), **pipeline.describe()}, steps, load)
 
@@ -128,7 +141,7 @@ def _latent_recording(args: argparse.Namespace) -> Recording:
         network = model.model.diffusion_model
         conditioner = calibration_conditioner(model, entries, nothing, scale)
         origin = _origin(ADAPTER, network) | origin_of(checkpoint) | {"asked_for": digest_of(entries)}
-        return origin, lambda indices: record_latents(pipeline, network, conditioner, indices)
+        return origin, lambda indices, team: record_latents(pipeline, network, conditioner, indices, team)
 
     return Recording({"checkpoint": str(checkpoint), **pipeline.describe()}, len(pipeline.timesteps()), load)
 
@@ -140,21 +153,31 @@ def _origin(adapter, network: nn.Module) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     recording, device = plan_recording(args), choose_device(args.device)
-    one_file = args.out.suffix in (".pt", ".pth")
-    if one_file and args.out.exists():
+    if args.out.suffix in (".pt", ".pth") and args.out.exists():
         raise FileExistsError(f"--out {args.out}: exists already; remove it, or choose another name")
-    folder = args.out.with_name(f".{args.out.name}.parts") if one_file else args.out
     if args.dry_run:
         print_plan({**recording.describe, "n_samples": args.n_samples, "out": str(args.out)})
         return
+    with start_team(args, device) as team:
+        execute(args, recording, team.device or device, team)
+
+
+def execute(args: argparse.Namespace, recording: Recording, device: torch.device, team: Team) -> None:
+    """Record the states of all seeds that have no shard yet."""
+    one_file = args.out.suffix in (".pt", ".pth")
+    folder = args.out.with_name(f".{args.out.name}.parts") if one_file else args.out
     origin, record = recording.load(device)
     made_by = {key: value for key, value in recording.describe.items() if key not in ("config", "checkpoint")}
     provenance = origin | made_by | {"batch_size": args.batch_size, "n_samples": args.n_samples}
-    todo = unfinished(folder, provenance, list(batches(FIRST_CALIBRATION_IMAGE, args.n_samples, args.batch_size)))
-    start_log(folder, args.verbose)
-    for batch, part in record(list(todo)):
+    indices = list(batches(FIRST_CALIBRATION_IMAGE, args.n_samples, args.batch_size))
+    todo = team.broadcast(unfinished(folder, provenance, indices) if team.leads else None)
+    start_log(folder, args.verbose, team.rank)
+    for batch, part in record(list(todo), team):
         save_shard(part, shard_path(folder, todo[batch]), provenance)
         logger.info("%s: %d samples, %d steps", shard_path(folder, todo[batch]).name, part.samples, part.steps)
+    team.wait()
+    if not team.leads:
+        return
     if one_file:
         save_pickle(original_layout(load_trajectories(folder)), args.out)
         shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from sampling import FIRST_CALIBRATION_IMAGE, Sample, batches, record_batches, sample_batches
+from sampling import ALONE, FIRST_CALIBRATION_IMAGE, Sample, batches, record_batches, sample_batches
 from torch import Tensor, nn
 
 from ddim.pipeline import Pipeline
@@ -18,6 +18,7 @@ from ddim.samplers import SAMPLERS
 from qdiff.adapters import adapter_for
 from qdiff.calibration.trajectories import Trajectories, concatenate
 from qdiff.commandline import number, whole
+from qdiff.parallel import Team
 
 ADAPTER = adapter_for("ddim")
 
@@ -128,14 +129,17 @@ def sampler_of(pipeline: Pipeline, network: nn.Module) -> Sample:
     return lambda batch, observe: pipeline.sample(network, batch, observe)
 
 
-def sample_images(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int, title: str) -> Tensor:
-    """Images 0 ... count - 1, [count, C, H, W] in [0, 1]."""
+def sample_images(
+    pipeline: Pipeline, network: nn.Module, count: int, batch_size: int, title: str, team: Team = ALONE
+) -> Tensor:
+    """Images 0 ... count - 1, [count, C, H, W] in [0, 1]; in all processes of a team."""
     steps, indices = len(pipeline.timesteps()), list(batches(0, count, batch_size))
-    found = sample_batches(sampler_of(pipeline, network), steps, indices, title)
-    return torch.cat([images for _, images in found])
+    found = sample_batches(sampler_of(pipeline, network), steps, indices, title, team=team)
+    return torch.cat(team.gather([images for _, images in found], len(indices)))
 
 
-def record(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int) -> Trajectories:
-    """Float sampling states of `count` calibration images, in memory."""
+def record(pipeline: Pipeline, network: nn.Module, count: int, batch_size: int, team: Team = ALONE) -> Trajectories:
+    """Float sampling states of `count` calibration images, in memory; in that of all processes of a team."""
     steps, indices = len(pipeline.timesteps()), list(batches(FIRST_CALIBRATION_IMAGE, count, batch_size))
-    return concatenate(part for _, part in record_batches(sampler_of(pipeline, network), steps, indices))
+    found = record_batches(sampler_of(pipeline, network), steps, indices, team=team)
+    return concatenate(team.gather([part for _, part in found], len(indices)))

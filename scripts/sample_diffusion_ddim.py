@@ -35,6 +35,7 @@ from qdiff.calibrated import QuantizationPlan, calibrate_and_write, plan_quantiz
 from qdiff.commandline import (
     add_quantization_flags,
     add_run_flags,
+    add_team_flags,
     choose_device,
     make_parser,
     print_plan,
@@ -43,6 +44,8 @@ from qdiff.commandline import (
     warn_without_effect,
     whole,
 )
+from qdiff.fabric import start_team
+from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--cond", action="store_true", help="no effect: these models are unconditional")
     add_quantization_flags(parser)
     add_run_flags(parser)
+    add_team_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -103,20 +107,21 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(args, config, pipeline, choose_device(args.device), quantization, folder)
 
 
-def sample(plan: Plan, network: nn.Module) -> None:
+def sample(plan: Plan, network: nn.Module, team: Team) -> None:
     """Write img/0.png, 1.png, ..., and with --sequence the states of the first batch after every step.
 
-    Batches of which all images are there are not sampled again.
+    Batches of which all images are there are not sampled again. Returns when all processes have done theirs.
     """
     (plan.folder / "img").mkdir(exist_ok=True)
-    indices = missing_batches(list(batches(0, plan.args.max_images, plan.config.sampling.batch_size)), plan.path_of)
+    indices = list(batches(0, plan.args.max_images, plan.config.sampling.batch_size))
+    indices = missing_batches(indices, plan.path_of, team)
     kept: list[torch.Tensor] = []
 
     def observe(batch: range):
         return (lambda call: kept.append(call.x.cpu())) if plan.args.sequence and batch.start == 0 else None
 
-    steps = len(plan.pipeline.timesteps())
-    for batch, images in sample_batches(sampler_of(plan.pipeline, network), steps, indices, "sampling", observe):
+    steps, sampler = len(plan.pipeline.timesteps()), sampler_of(plan.pipeline, network)
+    for batch, images in sample_batches(sampler, steps, indices, "sampling", observe, team):
         for index, image in zip(batch, images, strict=True):
             save_png(image, plan.path_of(index))
         logger.info("images %d to %d", batch.start, batch.stop - 1)
@@ -125,25 +130,33 @@ def sample(plan: Plan, network: nn.Module) -> None:
     for step, states in enumerate(kept):
         for index, state in enumerate(states):
             save_png(((state + 1) / 2).clamp(0, 1), plan.folder / "sequence" / f"{index}_{step:04d}.png")
+    team.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     plan = make_plan(args)
-    quantization, pipeline = plan.quantization, plan.pipeline
     if args.dry_run:
         shown = plan.describe() | {"device": str(plan.device), "folder": str(plan.folder / "<date-time>")}
-        print_plan(shown, quantization.recipe)
+        print_plan(shown, plan.quantization.recipe)
         return
+    with start_team(args, plan.device) as team:
+        execute(replace(plan, device=team.device or plan.device), team)
+
+
+def execute(plan: Plan, team: Team) -> None:
+    """Carry out a plan: calibrate or load, sample, write the images. An unfinished run of the plan is gone on with."""
+    args, quantization, pipeline = plan.args, plan.quantization, plan.pipeline
     inputs = read_inputs(
         quantization, ADAPTER, lambda: build_network(plan.config), pipeline.shape, pipeline.timesteps()
     )
     model = load_float_model(args, plan.config) if quantization.loads is None else None
-    description = plan.describe() | {"recipe": None if quantization.recipe is None else quantization.recipe.to_dict()}
-    folder, continued = open_run(plan.folder, description, plan.paths, args.resume_calibration)
+    recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
+    description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
+    folder, continued = open_run(plan.folder, description, plan.paths, args.resume_calibration, team)
     plan = replace(plan, folder=folder)
-    start_log(plan.folder, args.verbose)
-    if continued:
+    start_log(plan.folder, args.verbose, team.rank)
+    if continued and team.leads:
         there = sum(path.exists() for path in plan.paths(folder))
         print(f"going on with {folder}: {there} of {args.max_images} images are there")
     label = inputs.label(quantization)
@@ -159,12 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size = plan.config.sampling.batch_size
         network = calibrate_and_write(
             *(quantization, inputs, ADAPTER, network),
-            lambda count: record(pipeline, model.network, count, batch_size),
+            lambda count: record(pipeline, model.network, count, batch_size, team),
             plan.folder,
             provenance,
+            team,
         )
-    sample(plan, network.to(plan.device))
-    print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
+    sample(plan, network.to(plan.device), team)
+    if team.leads:
+        print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
     add_quantization_flags,
     add_run_flags,
+    add_team_flags,
     choose_device,
     make_parser,
     number,
     run_main,
     whole,
 )
+from qdiff.fabric import start_team
 from qdiff.files import atomic
 
 
@@ -59,6 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--cond", action="store_true", help="no effect: conditional models are always conditioned")
     add_quantization_flags(parser)
     add_run_flags(parser, seed=None)
+    add_team_flags(parser)
     parser.set_defaults(family="latent")
     args = parser.parse_intermixed_args(argv)
     if args.vanilla_sample and args.dpm:
@@ -141,9 +144,10 @@ def write_npz(plan: LatentPlan, folder: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(parse_args(argv))
-    folder = execute(plan, lambda folder: [*plan.paths(folder), npz_path(plan, folder)])
-    if folder is not None:
-        print(write_npz(plan, folder))
+    with start_team(plan.args, plan.device) as team:
+        folder = execute(plan, team, lambda folder: [*plan.paths(folder), npz_path(plan, folder)])
+        if folder is not None and team.leads:
+            print(write_npz(plan, folder))
 
 
 if __name__ == "__main__":

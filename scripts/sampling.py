@@ -15,10 +15,12 @@ from qdiff.calibration.record import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.commandline import new_folder
 from qdiff.files import write_text
+from qdiff.parallel import Team
 
 # Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
 FIRST_CALIBRATION_IMAGE = 2**31
 CONFIG_NAME = "sampling_config.yaml"
+ALONE = Team()
 
 Observer = Callable[[Any], None]  # is shown every network call
 Sample = Callable[[range, Observer], Tensor]  # (image indices, observer) -> their images or latents
@@ -36,19 +38,23 @@ def sample_batches(
     indices: Sequence[range],
     title: str,
     observe: Callable[[range], Observer | None] | None = None,
+    team: Team = ALONE,
 ) -> Iterator[tuple[range, Tensor]]:
     """(image indices, what `sample` gives for them on the CPU) of each batch, under one progress bar.
 
-    steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls.
+    steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls. team: processes of
+    which each samples its part of the batches; the leading one shows the bar, of its part.
     """
+    indices = team.mine(indices)
     if not indices:  # of a run whose images are all there
         return
-    with tqdm(total=len(indices) * steps, desc=title, unit="step", dynamic_ncols=True) as bar:
+    options = {"unit": "step", "dynamic_ncols": True, "disable": not team.leads}
+    with tqdm(total=len(indices) * steps, desc=title, **options) as bar:
         for number, batch in enumerate(indices):
             watch = None if observe is None else observe(batch)
 
             def tick(call, number=number, watch=watch) -> None:
-                bar.update(number * steps + call.step + 1 - bar.n)
+                bar.update(number * steps + call.step + 1 - bar.n)  # some samplers call twice in a step
                 if watch is not None:
                     watch(call)
 
@@ -60,15 +66,19 @@ def record_batches(
     steps: int,
     indices: Sequence[range],
     conditioning: Callable[[range], dict[str, Tensor]] = lambda batch: {},
+    team: Team = ALONE,
 ) -> Iterator[tuple[range, Trajectories]]:
-    """(image indices, float sampling states) of each batch of seeds. conditioning: batch -> its cs and ucs."""
+    """(image indices, float sampling states) of each batch of seeds. conditioning: batch -> its cs and ucs.
+
+    team: processes of which each records its part of the batches.
+    """
     recorders: dict[range, Recorder] = {}
 
     def observe(batch: range) -> Observer:
         recorders[batch] = Recorder()
         return recorders[batch].add
 
-    for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe):
+    for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe, team):
         yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
 
 
@@ -77,13 +87,25 @@ def open_run(
     description: dict[str, Any],
     wanted: Callable[[Path], list[Path]],
     must_continue: bool = False,
+    team: Team = ALONE,
 ) -> tuple[Path, bool]:
     """(folder of this run, whether it was begun earlier).
 
     The newest folder in `parent` whose description is the same and in which files that are `wanted` are missing is
     gone on with; else a new one is made, named after date and time, or ValueError raised with what differs where the
-    run must be continued. The description is kept as sampling_config.yaml.
+    run must be continued. The description is kept as sampling_config.yaml. Of a team the leading process decides;
+    raises FileNotFoundError where another one does not see the folder.
     """
+    found = _open_run(parent, description, wanted, must_continue) if team.leads else None
+    folder, continued = team.broadcast(found)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: not seen by process {team.rank}; machines must share the output folder")
+    return folder, continued
+
+
+def _open_run(
+    parent: Path, description: dict[str, Any], wanted: Callable[[Path], list[Path]], must_continue: bool
+) -> tuple[Path, bool]:
     text = yaml.safe_dump(description, sort_keys=False, width=100, allow_unicode=True)
     runs = sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True)
     for config in runs:
@@ -106,6 +128,10 @@ def _why_not(parent: Path, runs: Sequence[Path], text: str) -> str:
     return f"{unfinished[0]} is of another plan: {differences(found, yaml.safe_load(text))}"
 
 
-def missing_batches(indices: Sequence[range], path_of: Callable[[int], Path]) -> list[range]:
-    """The batches of which an image is not there yet: whole ones, so that images do not depend on interruptions."""
-    return [batch for batch in indices if not all(path_of(index).exists() for index in batch)]
+def missing_batches(indices: Sequence[range], path_of: Callable[[int], Path], team: Team = ALONE) -> list[range]:
+    """The batches of which an image is not there yet: whole ones, so that images do not depend on interruptions.
+
+    Of a team the leading process looks, before any of them writes.
+    """
+    missing = [batch for batch in indices if team.leads and not all(path_of(index).exists() for index in batch)]
+    return team.broadcast(missing)

@@ -28,12 +28,14 @@ from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
     add_quantization_flags,
     add_run_flags,
+    add_team_flags,
     choose_device,
     make_parser,
     number,
     run_main,
     whole,
 )
+from qdiff.fabric import start_team
 
 CONFIG = Path("configs/stable-diffusion/v1-inference.yaml")
 CKPT = Path("models/ldm/stable-diffusion-v1/model.ckpt")
@@ -78,6 +80,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--n_rows", type=whole(0), default=0, help="images in a row of the grid (0: --n_samples)")
     add_quantization_flags(parser)
     add_run_flags(parser, seed=42)
+    add_team_flags(parser)
     parser.set_defaults(family="text")
     return parser.parse_args(argv)
 
@@ -171,14 +174,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     def wanted(folder: Path) -> list[Path]:
         return plan.paths(folder) * (not args.skip_save) + grids.paths(folder) * (not args.skip_grid)
 
-    folder = execute(plan, wanted)
-    if folder is None:
-        return
-    if not args.skip_grid:
-        grids.write(folder)
-        print(*grids.paths(folder)[:4])
-    if args.skip_save:
-        shutil.rmtree(plan.path_of(folder, 0).parent)
+    with start_team(args, plan.device) as team:
+        folder = execute(plan, team, wanted)
+        if folder is None or not team.leads:
+            return
+        if not args.skip_grid:
+            grids.write(folder)
+            print(*grids.paths(folder)[:4])
+        if args.skip_save:
+            shutil.rmtree(plan.path_of(folder, 0).parent)
 
 
 if __name__ == "__main__":

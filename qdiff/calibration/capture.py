@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.draws import Draws
 from qdiff.quantizers import ActQuantizer
 
 
@@ -67,13 +68,12 @@ def observing(quantizers: Iterable[ActQuantizer], observer: Callable[[ActQuantiz
 
 
 @contextmanager
-def dropping(quantizers: Iterable[ActQuantizer], probability: float, generator: torch.Generator) -> Iterator[None]:
+def dropping(quantizers: Iterable[ActQuantizer], probability: float, draws: Draws) -> Iterator[None]:
     """Within the block each element stays float with the given probability (QDrop, arXiv 2203.05740)."""
     quantizers = list(quantizers) if probability > 0 else []
 
     def drop(x: Tensor, snapped: Tensor) -> Tensor:
-        chance = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-        return torch.where(chance < probability, x, snapped)
+        return torch.where(draws.uniform(x) < probability, x, snapped)
 
     for quantizer in quantizers:
         quantizer.drop = drop

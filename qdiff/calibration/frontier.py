@@ -85,7 +85,7 @@ class Frontier:
         def after(rows: slice) -> Any:
             state = self.state(rows)
             if known is not None:
-                return segment.write(state, known[rows])
+                return segment.write(state, Rows(known, rows))  # the column itself becomes part of the states
             return segment.write(state, self.run(segment.module, plain(segment.read(state)), self.t[rows]))
 
         self._state = self._stored(after)
@@ -140,6 +140,16 @@ class Frontier:
                     self._outputs = self.store.column(len(self.data), output)
                 self._outputs[rows] = output
         return self._outputs
+
+
+class PlainFrontier(Frontier):
+    """The same states as the original code gets them: every segment's by a run of the whole prefix, nothing kept from
+    one segment to the next. The baseline of benchmarks and tests."""
+
+    def seek(self, name: str) -> Segment:
+        if self._position != self._order[name]:
+            self._restart()
+        return super().seek(name)
 
 
 def _fill(stored: Any, state: Any, rows: slice) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.adam import Adam
 from qdiff.calibration.capture import dropping, recording_outputs, training_mode
+from qdiff.calibration.draws import Draws
 from qdiff.calibration.graphs import repeated
 from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty
 from qdiff.calibration.store import Column
@@ -44,7 +45,7 @@ class UnitData:
     t: Tensor
     on_device: bool = True
 
-    def arguments(self, stage: Reconstruct, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def arguments(self, stage: Reconstruct, index: Tensor, draws: Draws) -> tuple[Tensor, ...]:
         """The module's arguments for the samples `index` [B], as the stage's input source says.
 
         "mixed" mixes the first argument element by element; the others (time embedding, context) are always the
@@ -55,8 +56,8 @@ class UnitData:
         chosen = take_rows(self.quantized, index)
         if stage.inputs == "mixed":
             first = chosen[0]
-            chance = torch.rand(first.shape, generator=generator, device=generator.device).to(first.device)
-            return torch.where(chance < stage.mix, first, take_rows(self.float_, index)[0]), *chosen[1:]
+            mixed = torch.where(draws.uniform(first) < stage.mix, first, take_rows(self.float_, index)[0])
+            return mixed, *chosen[1:]
         return chosen
 
 
@@ -69,8 +70,10 @@ class History:
 
 def minibatches(count: int, batch_size: int, iterations: int, generator: torch.Generator) -> Tensor:
     """[iterations, min(batch_size, count)] random sample indices, without repeats inside a batch."""
-    batches = [torch.randperm(count, generator=generator)[:batch_size] for _ in range(iterations)]
-    return torch.stack(batches)
+    found = torch.empty(iterations, min(batch_size, count), dtype=torch.long)
+    for row in found:  # copied, since a slice keeps its whole permutation in memory
+        row.copy_(torch.randperm(count, generator=generator)[:batch_size])
+    return found
 
 
 Groups = dict[str, list[nn.Parameter]]  # learned parameters by group name
@@ -109,11 +112,10 @@ class Learning:
     stage: Reconstruct
     groups: Groups
     steps: StepTable
-    generator: torch.Generator  # on the unit's device; draws what an iteration draws
+    draws: Draws  # on the unit's device: what an iteration draws, for the team's part of a batch
     indices: Tensor  # [iterations, B]
     float_unit: nn.Module | None
     penalized: list[Tensor]
-    team: Team
     products: str  # "float32", or "bfloat16" for products in half precision
 
     def __post_init__(self) -> None:
@@ -131,21 +133,22 @@ class Learning:
 
     def iterate(self, penalize: bool) -> None:
         """One iteration: loss, gradients, step. Decides nothing by the values of tensors."""
-        index = self.indices.index_select(0, self.number)[0]
-        mine = self.team.share(index)
+        index, team = self.indices.index_select(0, self.number)[0], self.draws.team
+        mine = team.share(index)
         with self.steps.at(self.data.t.index_select(0, mine)):
-            loss = self._loss(mine)
+            loss = self._loss(mine) * (len(mine) / len(index))  # shares of the batch may differ by one
         self.adam.zero_grad()
-        total = loss * (len(mine) / len(index))  # shares of the batch may differ by one
+        total = loss
         if penalize:
             beta = self.beta.index_select(0, self.number)
-            total = total + rounding_penalty(self.penalized, self.stage.penalty, beta) / self.team.size
+            total = loss + rounding_penalty(self.penalized, self.stage.penalty, beta) / team.size
         total.backward()
-        self.team.sum(self.adam.gradients())
+        loss = loss.detach()
+        team.sum([loss, *self.adam.gradients()])
         self.adam.step(self.number)
         for scale in self.groups.get("scale", []):
             scale.data.clamp_min_(MIN_SCALE)
-        self.losses.index_copy_(0, self.number, loss.detach().reshape(1).float())
+        self.losses.index_copy_(0, self.number, loss.reshape(1).float())
         self.number += 1
 
     def _products(self, device: torch.device) -> AbstractContextManager:
@@ -156,7 +159,7 @@ class Learning:
     def _loss(self, index: Tensor) -> Tensor:
         """The stage's loss, without penalty, for the samples `index`."""
         data, stage, unit = self.data, self.stage, self.unit
-        args, target = data.arguments(stage, index, self.generator), data.target[index]
+        args, target = data.arguments(stage, index, self.draws), data.target[index]
         if stage.loss.taps == 0:
             with self._products(target.device):
                 output = unit(*args)
@@ -195,23 +198,21 @@ def optimise(
     penalized = groups.get("rounding", []) if penalized is None else penalized
     device, iterations = data.t.device, stage.iterations
     indices = minibatches(len(data.t), stage.batch_size, iterations, generator).to(device)
-    draws = _on_device(generator, device)
+    batch = indices.shape[1]
+    team = Team() if team is None or batch < team.size else team  # without a sample for each, all do all of it
+    draws = Draws(_on_device(generator, device), team, batch)
     history, every = History(), max(1, iterations // 100)
     with ExitStack() as modes:
         modes.enter_context(_learning(groups))
         modes.enter_context(training_mode(unit, train_mode))
         modes.enter_context(dropping(act_quantizers(unit).values(), stage.drop, draws))
         modes.enter_context(_seeded(train_mode, generator, device))
-        work = Learning(
-            *(unit, data, stage, groups, steps, draws, indices, float_unit, penalized),
-            team or Team(),
-            products,
-        )
+        work = Learning(unit, data, stage, groups, steps, draws, indices, float_unit, penalized, products)
         starts = work.penalty_starts()
         # A graph holds the random state of its own generators only, and no copies between host and device.
-        captures = data.on_device and not train_mode and work.team.size == 1
+        captures = data.on_device and not train_mode and team.size == 1
         where = device if captures else torch.device("cpu")
-        step = {p: repeated(lambda p=p: work.iterate(p), where, [draws]) for p in (False, True)}
+        step = {p: repeated(lambda p=p: work.iterate(p), where, [draws.generator]) for p in (False, True)}
         for iteration in range(iterations):
             step[iteration >= starts]()
             if iteration % every == 0 or iteration == iterations - 1:

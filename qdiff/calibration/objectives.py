@@ -37,9 +37,3 @@ def penalty_table(penalty: RoundingPenalty | None, iterations: int) -> Tensor:
 def rounding_penalty(alphas: Sequence[Tensor], penalty: RoundingPenalty, beta: Tensor) -> Tensor:
     """weight * sum(1 - |2 h(alpha) - 1|^beta) over all the variables. beta: [1]."""
     return penalty.weight * sum((1 - (2 * soft_round(a) - 1).abs().pow(beta.to(a.dtype))).sum() for a in alphas)
-
-
-def mean_lp(outputs: Tensor, targets: Tensor, loss: Loss) -> float:
-    """`lp_loss` of many samples without gradients, as a number."""
-    with torch.no_grad():
-        return float(lp_loss(outputs, targets, loss))

@@ -105,7 +105,9 @@ class Record:
         """Keep a finished piece, atomically. Raises OSError where it cannot be written; former pieces stay usable."""
         if self.folder is None or not self.leads:
             return
-        path = self.folder / f"{len(self._pieces):05d}.safetensors"
+        number = len(self._pieces)
+        while (path := self.folder / f"{number:05d}.safetensors").exists():  # a damaged one among them may be gone
+            number += 1
         about = json.dumps({"stage": stage, "unit": unit, "notes": dict(notes)})
         save_safetensors(dict(tensors), path, {"qdiff": about})
         self._pieces[stage, unit] = path
@@ -114,7 +116,8 @@ class Record:
         """Forget everything: the calibration is finished and its result saved."""
         if self.folder is None or not self.leads:
             return
-        for path in [*self._pieces.values(), self.folder / PLAN]:
+        half_written = self.folder.glob(".*")  # by a process that was killed
+        for path in [*self._pieces.values(), *half_written, self.folder / PLAN]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -131,6 +134,14 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not a readable plan: {error}") from error
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_ABSENT = _Absent()
+
+
 def differences(found: Any, wanted: Any, name: str = "", most: int = 4) -> str:
     """Where two plans differ, in words: "seed: 1 there, 2 here"."""
     listed = list(_differences(found, wanted, name))
@@ -140,7 +151,8 @@ def differences(found: Any, wanted: Any, name: str = "", most: int = 4) -> str:
 def _differences(found: Any, wanted: Any, name: str) -> list[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = dict.fromkeys([*found, *wanted])
-        return [d for k in keys for d in _differences(found.get(k), wanted.get(k), _join(name, str(k)))]
+        pairs = ((k, found.get(k, _ABSENT), wanted.get(k, _ABSENT)) for k in keys)
+        return [d for k, f, w in pairs for d in _differences(f, w, _join(name, str(k)))]
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         pairs = enumerate(zip(found, wanted, strict=True))
         return [d for i, (f, w) in pairs for d in _differences(f, w, f"{name}[{i}]")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qdiff.adapters.base import Adapter, Segment
 from qdiff.calibration.frontier import Frontier
+from qdiff.calibration.loop import History
 from qdiff.calibration.record import Record, put_state, state_of
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import MemoryLimits, Store
@@ -60,6 +62,7 @@ class RunOptions:
 
     record: folder for finished units, with which a killed run goes on (see `qdiff.calibration.record`); plan: what
     determines the result, kept there. products: "float32", or "bfloat16" for half-precision products while units learn.
+    frontier, optimise: how states are captured and units learn, for comparisons.
     """
 
     memory: MemoryLimits = MemoryLimits()
@@ -69,6 +72,7 @@ class RunOptions:
     team: Team = field(default_factory=Team)
     products: str = "float32"
     frontier: type[Frontier] = Frontier
+    optimise: Callable[..., History] | None = None  # default: qdiff.calibration.loop.optimise
 
 
 @dataclass
@@ -116,17 +120,23 @@ class Calibration:
         return self.options.frontier(network, self.adapter, self.data, batch_size, self.store)
 
     def restore(self, stage: int, unit: str = "") -> dict[str, Any] | None:
-        """Put a piece back that was finished before an interruption; its notes, or None if there is none."""
-        found = self.record.load(stage, unit)
+        """Put a piece back that was finished before an interruption; its notes, or None if there is none.
+
+        Of several processes the leading one has the record.
+        """
+        found = self.options.team.broadcast(self.record.load(stage, unit))
         if found is None:
             return None
-        tensors, notes = found
+        self._put(found[0])
+        logger.info("stage %d, %s: done before the interruption", stage, unit or "all units")
+        return found[1]
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        """Put back the state of some modules, and some bases."""
         bases = {key: tensor for key, tensor in tensors.items() if key.startswith("bases/")}
         device = next(self.network.parameters()).device
         self.bases |= {key.removeprefix("bases/"): tensor.to(device) for key, tensor in bases.items()}
         put_state(self.network, {key: tensor for key, tensor in tensors.items() if key not in bases})
-        logger.info("stage %d, %s: done before the interruption", stage, unit or "all units")
-        return notes
 
     def keep(
         self,
@@ -135,10 +145,19 @@ class Calibration:
         modules: list[str] | None = None,
         bases: list[str] | None = None,
         notes: dict[str, Any] | None = None,
-    ) -> None:
-        """Record a finished piece: the state of some modules (default: the unit), and some bases."""
-        if self.record.folder is None:
-            return
-        tensors = state_of(self.network, [unit] if modules is None else modules)
-        tensors |= {f"bases/{name}": self.bases[name] for name in bases or []}
-        self.record.save(stage, unit, tensors, notes or {})
+        owner: int = 0,
+    ) -> dict[str, Any]:
+        """Record a finished piece: the state of some modules (default: the unit), and some bases. Returns its notes.
+
+        owner: the process that has it; the others take it over, and so go on with the same numbers bit for bit.
+        """
+        team, piece = self.options.team, None
+        if team.rank == owner and (team.size > 1 or self.record.folder is not None):
+            tensors = state_of(self.network, [unit] if modules is None else modules)
+            piece = tensors | {f"bases/{name}": self.bases[name] for name in bases or []}
+        piece, notes = team.broadcast((piece, notes or {}), owner)
+        if team.rank != owner:
+            self._put(piece)
+        if piece is not None:
+            self.record.save(stage, unit, piece, notes)
+        return notes

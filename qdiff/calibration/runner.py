@@ -44,7 +44,8 @@ def calibrate(
     a recipe that does not fit, and for a record of another plan.
     """
     options = options or RunOptions()
-    record = Record(options.record, options.plan, options.team.leads)
+    team = options.team
+    record = Record(options.record if team.leads else None, options.plan, team.leads)
     network = insert_quantizers(copy.deepcopy(float_network), recipe, adapter, timesteps)
     network.requires_grad_(False).eval()
     store = Store(next(network.parameters()).device, options.memory, options.scratch)

@@ -133,31 +133,21 @@ class _Learner:
         """Learn the units of these indices, each in another process if there are several, and record them."""
         run, team = self.run, self.run.options.team
         reports = {i: run.restore(self.number, names[i]) for i in indices}
-        alone = len(indices) > 1 or self.stage.inputs == "float"  # each unit by one process
-        for i in (i for i in indices if reports[i] is None):
-            owner = (i - indices.start) % team.size
-            if not alone or team.rank == owner:
-                reports[i] = self._learn_unit(names[i], i, alone)
+        todo = [i for i in indices if reports[i] is None]
+        alone = self.stage.inputs == "float"  # each unit by one process
+        owners = {i: position % team.size if alone else 0 for position, i in enumerate(todo)}
+        here = [i for i in todo if not alone or owners[i] == team.rank]
+        for i in here:
+            reports[i] = self._learn_unit(names[i], i, alone)
         for i in indices:
-            name = names[i]
-            if alone and team.size > 1:
-                owner = (i - indices.start) % team.size
-                mine = (reports[i], state_of(run.network, [name])) if team.rank == owner else None
-                reports[i], state = team.broadcast(mine, owner)
-                put_state(run.network, state)
-            self._note(reports[i], name, i + 1, len(names))
-
-    def _note(self, report: dict | None, name: str, done: int, total: int) -> None:
-        run = self.run
-        restored = run.record.has(self.number, name)
-        if not restored:
-            run.keep(self.number, name, notes=report)
-        if not report:  # a unit without anything to learn (B3)
-            run.progress.advance(self.stage.iterations, name)
-            return
-        found = UnitReport(**report | {"losses": tuple(map(tuple, report["losses"]))})
-        run.reports.append(found)
-        run.progress.unit(found, done, total, restored)
+            if i in owners:
+                reports[i] = run.keep(self.number, names[i], notes=reports[i], owner=owners[i])
+            if i not in here or not reports[i]:  # done elsewhere or before, or without anything to learn (B3)
+                run.progress.advance(self.stage.iterations, names[i])
+            if reports[i]:
+                found = UnitReport(**reports[i] | {"losses": tuple(map(tuple, reports[i]["losses"]))})
+                run.reports.append(found)
+                run.progress.unit(found, i + 1, len(names), restored=i not in owners)
 
     def _learn_unit(self, name: str, index: int, alone: bool) -> dict:
         """Learn one unit; its report as plain data, {} where it has nothing to learn."""
@@ -170,7 +160,7 @@ class _Learner:
         groups = parameter_groups(unit.module, stage, layers)
         if not groups:
             return {}
-        history = optimise(
+        history = (run.options.optimise or optimise)(
             *(unit.module, data, stage, groups, run.network.step_table, run.generator(self.number, index)),
             float_unit=run.float_network.get_submodule(name),
             penalized=_penalized(unit.module, groups, run.recipe),

@@ -99,7 +99,7 @@ class Column:
 class Rows:
     """Some rows of a column that are read when they are first used: what a segment does not look at costs nothing.
 
-    Stands for a tensor in PyTorch's functions and gives that tensor's attributes.
+    Stands for a tensor in PyTorch's functions and operators and gives that tensor's attributes.
     """
 
     def __init__(self, column: Column, rows: slice | Tensor) -> None:
@@ -120,6 +120,18 @@ class Rows:
         return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
 
 
+def _operator(name: str) -> Callable:
+    def apply(self: Rows, *others: Any) -> Any:
+        return getattr(self.tensor, name)(*map(plain, others))
+
+    return apply
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+for _name in (*_BINARY, *(f"r{n}" for n in _BINARY), "neg", "abs", "lt", "le", "gt", "ge", "getitem", "len", "iter"):
+    setattr(Rows, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks these up on the type alone
+
+
 def plain(value: Any) -> Any:
     """The value with rows read into tensors, also inside lists and tuples."""
     if isinstance(value, Rows):
@@ -131,10 +143,11 @@ def plain(value: Any) -> Any:
 
 def map_leaves(state: Any, function: Callable[[Any], Any]) -> Any:
     """A chain's state (a dataclass of leaves, tuples of leaves and None) with `function` applied to every leaf."""
+    return replace(state, **{field.name: _map(getattr(state, field.name), function) for field in fields(state)})
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(convert, value))
-        return None if value is None else function(value)
 
-    return replace(state, **{field.name: convert(getattr(state, field.name)) for field in fields(state)})
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    # No closure that calls itself: such a cycle would keep the columns that `function` holds until the next collection.
+    if isinstance(value, tuple):
+        return tuple(_map(part, function) for part in value)
+    return None if value is None else function(value)

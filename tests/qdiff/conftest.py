@@ -10,6 +10,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from ddim.network import DDPMUNet
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from qdiff.adapters import adapter_for
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
@@ -29,6 +30,36 @@ CONFIG = {
     "attn_resolutions": [4],
     "image_size": 8,
     "dropout": 0.1,
+}
+
+LATENT = {
+    "image_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 64,
+    "attention_resolutions": [2],
+    "num_res_blocks": 1,
+    "channel_mult": [1, 1],
+}
+LATENT_FORMS = {
+    "plain": {"num_head_channels": 16},
+    "transformer": {"num_heads": 4, "use_spatial_transformer": True, "context_dim": 24},
+    "deep": {
+        "channel_mult": [1, 2, 1],
+        "num_heads": 2,
+        "use_spatial_transformer": True,
+        "transformer_depth": 3,
+        "context_dim": [24],
+    },
+    "labels": {
+        "num_heads": 2,
+        "num_heads_upsample": 4,
+        "num_classes": 7,
+        "attention_resolutions": [1, 2],
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "use_new_attention_order": True,
+    },
 }
 
 
@@ -79,6 +110,68 @@ def states():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(20, 3, 8, 8, generator=generator)
     return CalibrationSet(x, SAMPLER_STEPS.repeat_interleave(2).float(), torch.arange(10).repeat_interleave(2))
+
+
+@pytest.fixture(scope="session")
+def latent_adapter():
+    return adapter_for("ldm")
+
+
+@pytest.fixture(scope="session")
+def make_latent():
+    """(form, seed) -> a new float latent U-Net in eval mode; forms are the keys of LATENT_FORMS.
+
+    Every parameter is drawn anew: the last layers of residual branches start at zero and would hide all before them.
+    """
+
+    def make(form, seed=0, **changes):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = UNetModel(**{**LATENT, **LATENT_FORMS[form], **changes}).eval().requires_grad_(False)
+            for parameter in network.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape) * parameter[0].numel() ** -0.5)
+                else:  # the weights of norms are 1, biases 0
+                    parameter.copy_(parameter.mean().round() + 0.2 * torch.randn(parameter.shape))
+        return network
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def latent_states():
+    """(form) -> 20 states with what the network is conditioned on: ten with cs, then the same ten with ucs."""
+
+    def make(form):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(10, 3, 8, 8, generator=generator)
+        step = torch.arange(10)
+        data = CalibrationSet(x, SAMPLER_STEPS.float(), step)
+        if form == "plain":
+            return data
+        if form == "labels":
+            context = torch.cat([step % 6, torch.full((10,), 6)])
+        else:
+            context = torch.randn(11, 5, 24, generator=generator)[[*range(10), *[10] * 10]]
+        return CalibrationSet(x.repeat(2, 1, 1, 1), data.t.repeat(2), step.repeat(2), context)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized_latent(make_latent, latent_adapter, latent_states):
+    """(recipe, form, changes of its configuration) -> a calibrated latent network; each is calibrated once and handed
+    out as a copy."""
+    made = {}
+
+    def make(recipe, form, **changes):
+        key = (recipe.to_yaml(), form, str(changes))
+        if key not in made:
+            network, data = make_latent(form, **changes), latent_states(form)
+            made[key] = calibrate(network, latent_adapter, recipe, data, 0, SAMPLER_STEPS).network
+        return copy.deepcopy(made[key])
+
+    return make
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "scripts")]
 
+from latents import CONFIGS, write_model  # noqa: E402
 from running import call, only_run, passed  # noqa: E402
 
 from ddim.pretrained import build_network, load_config  # noqa: E402
@@ -102,3 +103,10 @@ def data(tiny, tmp_path_factory):
     for out in (folder / "shards", folder / "data.pt"):
         passed(call("make_calibration_data", *flags, "--out", out))
     return SimpleNamespace(shards=folder / "shards", file=folder / "data.pt", flags=flags)
+
+
+@pytest.fixture(scope="session")
+def latent(tmp_path_factory):
+    """Tiny latent models: `ldm` unconditional, `cin` class-conditional, `sd` text-to-image."""
+    folder = tmp_path_factory.mktemp("latent")
+    return SimpleNamespace(**{name: write_model(folder / name, name) for name in CONFIGS})

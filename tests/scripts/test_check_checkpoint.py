@@ -9,7 +9,9 @@ import torch
 from running import call, launch, passed, refused
 from safetensors.torch import load_file, save_file
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "ddim_split_w4a8_sym"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+GOLDEN = FIXTURES / "ddim_split_w4a8_sym"
+LATENT = ("ldm_w4a8", "sd_split_w8a8_sm16")
 CHECK = "check_checkpoint"
 
 
@@ -37,6 +39,51 @@ def test_the_golden_case(tmp_path):
     assert verdicts(result) == dict.fromkeys(("eps_fp", "eps_w", "eps_wa"), "ok") and len(result.out.splitlines()) == 3
     errors = [float(line.split()[3]) for line in result.out.splitlines()]
     assert max(errors) < 1e-9
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_the_golden_cases_of_latent_models(name):
+    result = call(CHECK, "--case", FIXTURES / name)
+    assert result.code == 0 and verdicts(result) == dict.fromkeys(("eps_fp", "eps_w", "eps_wa"), "ok")
+    assert max(float(line.split()[3]) for line in result.out.splitlines()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "key", "wrong"),
+    [
+        ("ldm_w4a8", "qdiff_wa.pth", "middle_block.1.attention.qkv_matmul.act_quantizer_q.delta", ["eps_wa"]),
+        ("ldm_w4a8", "qdiff_wa.pth", "middle_block.1.qkv.weight_quantizer.delta", ["eps_w", "eps_wa"]),
+        (
+            "sd_split_w8a8_sm16",
+            "qdiff_wa.pth",
+            "middle_block.1.transformer_blocks.0.attn2.act_quantizer_w.delta",
+            ["eps_wa"],
+        ),
+        (
+            "sd_split_w8a8_sm16",
+            "qdiff_wa.pth",
+            "output_blocks.0.0.skip_connection.weight_quantizer_0.delta",
+            ["eps_w", "eps_wa"],
+        ),
+        ("sd_split_w8a8_sm16", "io.safetensors", "context", ["eps_fp", "eps_w", "eps_wa"]),
+    ],
+)
+def test_one_perturbed_tensor_of_a_latent_case_fails(tmp_path, name, file, key, wrong):
+    case = shutil.copytree(FIXTURES / name, tmp_path / "case")
+    perturb(case / file, f"model.{key}" if file == "qdiff_wa.pth" else key, lambda tensor: 1.01 * tensor)
+    result = call(CHECK, "--case", case)
+    assert result.code == 1
+    assert [output for output, verdict in verdicts(result).items() if verdict == "too large"] == wrong
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_wrong_width_of_softmax_outputs_fails(tmp_path, name):
+    """Nothing in the file says it."""
+    case = shutil.copytree(FIXTURES / name, tmp_path / "case")
+    about = json.loads((case / "case.json").read_text())
+    (case / "case.json").write_text(json.dumps(about | {"softmax_bits": 7}))
+    result = call(CHECK, "--case", case)
+    assert result.code == 1 and verdicts(result) == {"eps_fp": "ok", "eps_w": "ok", "eps_wa": "too large"}
 
 
 @pytest.mark.parametrize(

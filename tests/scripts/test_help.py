@@ -1,15 +1,23 @@
 """--help: every script has it, it is complete, and the defaults it shows are those that a run takes."""
 
 import re
+from pathlib import Path
 
 import pytest
 import sample_diffusion_ddim
+import sample_diffusion_ldm
+import txt2img
 import yaml
+from latent_config import read_config
+from latent_model import downsampling
 from running import call, passed
 
 SCRIPTS = {
     "make_calibration_data": (),
     "sample_diffusion_ddim": (),
+    "sample_diffusion_ldm": (),
+    "txt2img": (),
+    "check_prompts": (),
     "compare_methods": (),
     "check_checkpoint": (),
     "benchmark": ("simulate",),
@@ -49,6 +57,38 @@ def test_the_original_flags_are_all_there():
     expected |= dict.fromkeys(("cali_ckpt", "cali_data_path"))
     assert {name: args[name] for name in expected} == expected
     assert sample_diffusion_ddim.parse_args(["--config", "x.yml", "-l", "out"]).logdir == "out"
+
+
+QUANTIZATION = {"quant_mode": "qdiff"} | dict.fromkeys(("cali_ckpt", "cali_data_path"))
+QUANTIZATION |= dict.fromkeys(("ptq", "quant_act", "resume", "resume_w", "a_sym", "running_stat"), False)
+QUANTIZATION |= dict.fromkeys(("split", "rs_sm_only", "a_min_max", "cond", "verbose"), False)
+
+
+def test_the_flags_for_latent_models_are_all_there():
+    args = vars(sample_diffusion_ldm.parse_args(["--resume_base", "x", "--seed", "1"]))
+    expected = {"n_samples": 50000, "eta": 1.0, "logdir": "none", "custom_steps": 50, "batch_size": 10}
+    expected |= {"vanilla_sample": False, "dpm": False, **QUANTIZATION}
+    assert {name: args[name] for name in expected} == expected
+    short = ["-r", "x", "-n", "3", "-e", "0", "-l", "out", "-c", "20", "--seed", "1"]
+    long = ["--resume_base", "x", "--n_samples", "3", "--eta", "0", "--logdir", "out", "--custom_steps", "20"]
+    assert sample_diffusion_ldm.parse_args(short) == sample_diffusion_ldm.parse_args([*long, "--seed", "1"])
+    assert sample_diffusion_ldm.parse_args([*short, "-v"]).vanilla_sample
+
+
+def test_the_flags_for_text_to_image_models_are_all_there():
+    """--config, --H, --W, --C and --f are by default the model's own: for Stable Diffusion, the original's."""
+    args = vars(txt2img.parse_args(["--prompt", "a cat"]))
+    expected = {"ddim_steps": 50, "ddim_eta": 0.0, "n_iter": 2, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42}
+    expected |= dict.fromkeys(("skip_grid", "skip_save", "plms", "laion400m", "fixed_code", "no_grad_ckpt"), False)
+    expected |= dict.fromkeys(("from_file", "H", "W", "C", "f", "config")) | {"precision": "autocast", **QUANTIZATION}
+    assert {name: args[name] for name in expected} == expected
+    assert str(args["outdir"]) == "outputs/txt2img-samples"
+    assert str(args["ckpt"]) == "models/ldm/stable-diffusion-v1/model.ckpt"
+    published = read_config(Path(__file__).parents[2] / txt2img.CONFIG)
+    params, factor = published.model.params, downsampling(published)
+    assert (params.image_size * factor, params.channels, factor) == (512, 4, 8)
+    given = ["--H", "8", "--W", "8", "--C", "4", "--f", "2", "--precision", "full", "--from-file", "x"]
+    assert vars(txt2img.parse_args(given))["f"] == 2
 
 
 def test_what_left_out_flags_mean(tiny):

@@ -1,5 +1,6 @@
 """sample_diffusion_ddim.py: float images, every method calibrated, saved and resumed, and the same bytes each time."""
 
+import json
 import re
 import shutil
 
@@ -14,7 +15,13 @@ from qdiff.checkpoints import load_checkpoint
 from qdiff.layers import quant_layers
 
 SAMPLE = "sample_diffusion_ddim"
+NOTES = ["calibration.jsonl", "calibration_loss.png", "sampling_config.yaml"]  # beside run.log
 FILES = ["ckpt.pth", "ckpt.safetensors", "img", "img/0.png", "img/1.png", "img/2.png"]
+
+
+def outputs(folder):
+    """What a run is for: images and checkpoints."""
+    return {name: content for name, content in tree(folder).items() if name not in NOTES}
 
 
 def sampled(tiny, logdir, *flags):
@@ -32,7 +39,7 @@ def test_float_images(tiny, tmp_path):
     run = only_run(tmp_path / "out")
     assert re.fullmatch(r"\d{4}(-\d\d){5}", run.name)
     assert result.out == f"3 images of the float model in out/samples/{run.name}/img\n" and result.bars == ["sampling"]
-    assert sorted(tree(run)) == FILES[2:]
+    assert sorted(outputs(run)) == FILES[2:]
     for file in (run / "img").iterdir():
         with Image.open(file) as image:
             assert (image.size, image.mode, image.format) == ((16, 16), "RGB", "PNG")
@@ -104,7 +111,11 @@ def test_two_runs_of_one_second_have_folders_of_their_own(tiny, tmp_path, monkey
 
 
 def test_a_calibrating_run(calibrated):
-    assert sorted(tree(calibrated.folder)) == FILES
+    assert sorted(outputs(calibrated.folder)) == FILES
+    assert set(NOTES) <= tree(calibrated.folder).keys()  # and nothing of the unfinished calibration is left
+    lines = [json.loads(line) for line in (calibrated.folder / "calibration.jsonl").read_text().splitlines()]
+    assert [line["units_done"] for line in lines] == list(range(1, lines[0]["units"] + 1))
+    assert lines[-1]["remaining_seconds"] == 0 and lines[-1]["peak_memory_bytes"]["host"] > 0
     assert calibrated.result.out == f"3 images of the W4A8 model in {calibrated.folder / 'img'}\n"
     assert calibrated.result.bars == [
         "calibration data",
@@ -133,7 +144,7 @@ def test_what_the_log_says(calibrated):
 def test_the_same_command_gives_the_same_bytes(tiny, calibrated, tmp_path):
     """Here in another process, from another folder: images and both checkpoints."""
     passed(launch(SAMPLE, *tiny.sampling, *tiny.w4a8, *tiny.quick, "-l", "out", cwd=tmp_path))
-    assert tree(only_run(tmp_path / "out")) == tree(calibrated.folder)
+    assert outputs(only_run(tmp_path / "out")) == outputs(calibrated.folder)
 
 
 def test_another_seed_gives_other_images_and_codes(tiny, calibrated, tmp_path):
@@ -147,7 +158,7 @@ def test_another_seed_gives_other_images_and_codes(tiny, calibrated, tmp_path):
 def test_resuming_gives_the_calibrating_runs_images(tiny, calibrated, tmp_path, name, flag):
     run = sampled(tiny, tmp_path / "out", *tiny.w4a8, "--cali_ckpt", calibrated.folder / name, *flag)
     assert pictures(run) == pictures(calibrated.folder)
-    assert sorted(tree(run)) == FILES[2:]
+    assert sorted(outputs(run)) == FILES[2:]
 
 
 def test_a_packed_checkpoint_needs_neither_float_weights_nor_flags(tiny, calibrated, tmp_path):
@@ -205,7 +216,7 @@ def test_every_method_calibrates_and_resumes(tiny, tmp_path, grids, flags):
     if "symmetric_softmax" in flags and grids == "affine":
         bits += ("--sm_abit", 12)
     run = sampled(tiny, tmp_path / "out", *bits, *flags)
-    assert sorted(tree(run)) == FILES
+    assert sorted(outputs(run)) == FILES
     for name in ("ckpt.pth", "ckpt.safetensors"):
         resumed = sampled(tiny, tmp_path / name, *bits, "--cali_ckpt", run / name)
         assert pictures(resumed) == pictures(run), name
@@ -228,7 +239,7 @@ def test_the_data_may_be_a_folder_or_a_file(tiny, data, tmp_path):
             "made": (),
         }.items()
     }
-    assert tree(runs["shards"]) == tree(runs["file"]) == tree(runs["made"])
+    assert outputs(runs["shards"]) == outputs(runs["file"]) == outputs(runs["made"])
 
 
 def test_data_may_have_more_steps_than_the_images_are_sampled_with(tiny, recipe, tmp_path):
@@ -253,7 +264,7 @@ def test_resume_w_keeps_the_codes_and_calibrates_activations(tiny, calibrated, p
     result = passed(call(SAMPLE, *tiny.sampling, *flags, "-l", "out"))
     assert "compensated rounding" not in result.bars and "learning scale" in result.bars
     run = only_run(tmp_path / "out")
-    assert sorted(tree(run)) == FILES
+    assert sorted(outputs(run)) == FILES
     mine = load_checkpoint(run / "ckpt.safetensors").network
     theirs = load_checkpoint(calibrated.folder / "ckpt.safetensors").network
     layers = quant_layers(theirs)
@@ -267,7 +278,7 @@ def test_resume_w_keeps_the_codes_and_calibrates_activations(tiny, calibrated, p
 
 def test_a_dry_run_prints_a_plan_and_writes_nothing(tiny, tmp_path):
     plan = yaml.safe_load(passed(call(SAMPLE, *tiny.sampling, *tiny.w4a8, *tiny.quick, "-l", "out", "--dry_run")).out)
-    assert tree(tmp_path) == {}
+    assert outputs(tmp_path) == {}
     assert (plan["images"], plan["sampler"], plan["timesteps"]) == (3, "generalized", [750, 500, 250, 0])
     assert plan["calibration_data"] == "made by this run" and plan["folder"] == "out/samples/<date-time>"
     assert plan["recipe"]["weights"]["bits"] == 4 and plan["recipe"]["activations"]["kind"] == "signed"
@@ -296,7 +307,7 @@ def test_a_printed_recipe_given_back_gives_the_same_plan(tiny, recipe, beside):
 
 
 def test_a_printed_recipe_given_back_gives_the_same_bytes(tiny, recipe, calibrated, tmp_path):
-    assert tree(sampled(tiny, tmp_path / "out", "--ptq", "--recipe", recipe())) == tree(calibrated.folder)
+    assert outputs(sampled(tiny, tmp_path / "out", "--ptq", "--recipe", recipe())) == outputs(calibrated.folder)
 
 
 def test_flags_beside_a_recipe_replace_its_values(tiny, recipe):
@@ -316,7 +327,7 @@ def test_a_recipe_that_ckpt_pth_cannot_express_still_gives_ckpt_safetensors(tiny
     assert result.code == 0 and len(result.complaints) == 1
     assert "no ckpt.pth" in result.complaints[0] and "conv_in has 8 bits" in result.complaints[0]
     run = only_run(tmp_path / "out")
-    assert sorted(tree(run)) == FILES[1:]
+    assert sorted(outputs(run)) == FILES[1:]
     resumed = sampled(tiny, tmp_path / "resumed", *tiny.w4a8, "--cali_ckpt", run / "ckpt.safetensors")
     assert pictures(resumed) == pictures(run)
 
@@ -329,4 +340,4 @@ def test_flags_that_a_recipe_holds_are_refused_beside_it(tiny, recipe, tmp_path,
     flags = (f"--{name}", *value.get(name, [5]))
     path = recipe()
     refused(call(SAMPLE, *tiny.sampling, "--ptq", "--recipe", path, *flags), f"--{name}", path)
-    assert sorted(tree(tmp_path)) == ["recipe.yml"]
+    assert sorted(outputs(tmp_path)) == ["recipe.yml"]

@@ -12,6 +12,7 @@ from qdiff.calibration.capture import (
     recording_outputs,
     training_mode,
 )
+from qdiff.calibration.draws import Draws
 from qdiff.quantizers import ActQuantizer
 from qdiff.spec import QuantSpec, StepGroups
 from qdiff.steps import StepTable
@@ -73,18 +74,18 @@ def test_quantizers_are_observed_within_the_block_only(quantizer):
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
-def test_each_element_stays_float_with_the_given_probability(quantizer, probability):
+def test_each_element_stays_float_with_the_given_probability(quantizer, probability, generator):
     x = torch.full((100, 100), 0.3)  # on the grid it is 0.5
-    with dropping([quantizer], probability, torch.Generator().manual_seed(0)):
+    with dropping([quantizer], probability, Draws(generator)):
         dropped = quantizer(x)
     assert set(dropped.unique().tolist()) <= set(torch.tensor([0.3, 0.5]).tolist())
     assert (dropped == x).float().mean().item() == pytest.approx(probability, abs=0.02)
     assert (quantizer(x) == 0.5).all()
 
 
-def test_dropping_ends_with_its_block_and_draws_anew_each_time(quantizer):
+def test_dropping_ends_with_its_block_and_draws_anew_each_time(quantizer, generator):
     x = torch.full((100, 100), 0.3)
-    with pytest.raises(Stop), dropping([quantizer], 0.5, torch.Generator().manual_seed(0)):
+    with pytest.raises(Stop), dropping([quantizer], 0.5, Draws(generator)):
         assert not torch.equal(quantizer(x), quantizer(x))
         raise Stop
     assert quantizer.drop is None

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-import qdiff.calibration.runner as runner
+import qdiff.calibration.stages
 from qdiff.calibration.capture import recording_inputs
 from qdiff.calibration.frontier import Frontier
+from qdiff.calibration.loop import UnitData, take_rows
 from qdiff.calibration.runner import Progress, calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range
+from qdiff.seeds import generator_of
 from qdiff.spec import (
     ActivationRanges,
     Compensate,
@@ -156,7 +158,7 @@ def conv_in_after(run, data, stage, **changes):
         ("all", slice(None)),
         ("first", torch.arange(3)),
         ("stratified", torch.tensor([0, 6, 13])),
-        ("random", torch.randperm(20, generator=torch.Generator().manual_seed(0))[:3]),
+        ("random", torch.randperm(20, generator=generator_of(0, 1, 0))[:3]),
     ],
     ids=["all", "first", "stratified", "random"],
 )
@@ -170,7 +172,7 @@ def test_ranges_come_from_the_states_that_the_stage_names(run, widening, inputs,
 def test_moving_averages_walk_shuffled_states_unless_the_fault_is_asked_for(run, widening, ordered):
     spec = RangeSpec(aggregate="ema", momentum=0.7, batch_size=4)
     quantizer = conv_in_after(run, widening, ActivationRanges(spec), compat=("ordered_ema",) if ordered else ())
-    order = torch.arange(20) if ordered else torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(20) if ordered else torch.randperm(20, generator=generator_of(0, 1, 0))
     ends = [(x.min(), x.max()) for x in widening.x[order].split(4)]
     low, high = ends[0]
     for lower, higher in ends[1:]:
@@ -234,14 +236,18 @@ def test_raw_minimum_reaches_weights_and_activations(run, make_network):
 
 
 def captured(monkeypatch):
-    """A list that fills with the arguments of every call of the optimisation loop, which runs as ever."""
-    calls, optimise = [], runner.optimise
+    """A list that fills with the arguments of every call of the optimisation loop, which runs as ever; its data are
+    read at the time of the call."""
+    calls, optimise = [], qdiff.calibration.stages.optimise
 
     def spy(unit, data, stage, groups, *args, **options):
-        calls.append({"unit": unit, "data": copy.deepcopy(data), "groups": groups, **options})
+        every = torch.arange(len(data.t))
+        sources = {key: getattr(data, key) and take_rows(getattr(data, key), every) for key in ("quantized", "float_")}
+        read = UnitData(**sources, target=data.target[every], t=data.t)
+        calls.append({"unit": unit, "data": read, "groups": groups, **options})
         return optimise(unit, data, stage, groups, *args, **options)
 
-    monkeypatch.setattr(runner, "optimise", spy)
+    monkeypatch.setattr(qdiff.calibration.stages, "optimise", spy)
     return calls
 
 
@@ -424,10 +430,10 @@ def mean_errors(calibration, adapter, states):
     """Largest mean error of each unit's output over its channels, after the whole calibration."""
     plain, quantized = (Frontier(n, adapter, states) for n in (calibration.float_network, calibration.network))
     found = {}
-    for unit in calibration.units(calibration.network):
-        error = quantized.outputs(unit.name) - plain.outputs(unit.name)
+    for name in calibration.units():
+        error = quantized.outputs(name) - plain.outputs(name)
         channels = error if error.dim() == 2 else error.movedim(1, -1).flatten(0, -2)
-        found[unit.name] = float(channels.mean(0).abs().max())
+        found[name] = float(channels.mean(0).abs().max())
     return found
 
 

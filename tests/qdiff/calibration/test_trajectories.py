@@ -17,6 +17,7 @@ from qdiff.calibration.trajectories import (
     shard_path,
     shard_provenance,
 )
+from qdiff.files import save_pickle
 
 
 @dataclass
@@ -37,6 +38,9 @@ def assert_equal(mine, theirs):
         assert len(column) == len(other)
         assert all(torch.equal(a, b) for a, b in zip(column, other, strict=True))
     assert mine.extra.keys() == theirs.extra.keys()
+    for key, column in mine.extra.items():
+        assert len(column) == len(theirs.extra[key])
+        assert all(torch.equal(a, b) for a, b in zip(column, theirs.extra[key], strict=True)), key
 
 
 def test_a_recorder_keeps_every_call_apart_from_what_becomes_of_its_tensors():
@@ -67,11 +71,133 @@ def test_shards_are_read_back_in_their_order(tmp_path):
     assert shard_provenance(shard_path(tmp_path, 3)) == {"sampler": "ddim"}
 
 
-def test_conditioning_is_kept(tmp_path):
-    cs = tuple(torch.full((2, 5, 8), float(s)) for s in range(3))
-    save_shard(some(cs=cs), tmp_path / "shard_00000.safetensors", {})
-    found = load_trajectories(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(found.extra["cs"], cs, strict=True))
+# Conditioning
+
+
+def varying(samples=2, steps=3, seed=0):
+    """An embedding [5, 8] of each sample that differs from step to step, as the original stores them."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(samples, 5, 8, generator=generator) for _ in range(steps))
+
+
+def constant(samples=2, steps=3, seed=0):
+    """The same embedding at every step, as our own samplers record them."""
+    return varying(samples, 1, seed) * steps
+
+
+@pytest.mark.parametrize("make", [varying, constant])
+@pytest.mark.parametrize("layout", ["shards", "stacked", "lists"])
+def test_conditioning_comes_back_in_every_layout(tmp_path, make, layout):
+    parts = [some(2, seed=i, cs=make(seed=i), ucs=make(seed=9)) for i in range(3)]
+    expected = concatenate(parts)
+    assert expected.samples == 6 and expected.extra["cs"][2].shape == (6, 5, 8)
+    assert torch.equal(expected.extra["cs"][2][2:4], parts[1].extra["cs"][2])
+    path = tmp_path
+    if layout == "shards":
+        for i, part in enumerate(parts):
+            save_shard(part, shard_path(tmp_path, i), {})
+    else:
+        path = tmp_path / "data.pt"
+        content = original_layout(expected)
+        if layout == "lists":
+            content = {key: list(column) for key, column in content.items()}
+        torch.save(content, path)
+    assert_equal(load_trajectories(path, (3, 4, 4)), expected)
+
+
+def test_a_recorder_keeps_one_conditioning_for_all_steps_and_the_first_call_of_each(tmp_path):
+    recorder = Recorder()
+    for number, step in enumerate((0, 0, 1, 2)):  # PLMS asks twice in its first step
+        recorder.add(Call(step, torch.full((2,), 900.0 - step), torch.full((2, 3, 4, 4), float(number))))
+    cs = torch.randn(2, 5, 8).requires_grad_()
+    found = recorder.trajectories(cs=cs, ucs=torch.zeros(2, 5, 8))
+    assert [x.unique().item() for x in found.xs] == [0, 2, 3] and found.timesteps.tolist() == [900, 899, 898]
+    assert list(found.extra) == ["cs", "ucs"] and [len(column) for column in found.extra.values()] == [3, 3]
+    assert all(torch.equal(step, cs) and not step.requires_grad for step in found.extra["cs"])
+
+
+@pytest.mark.parametrize("layout", ["shard", "original"])
+def test_constant_conditioning_is_stored_once(tmp_path, layout):
+    """Stored for each of 200 steps, these embeddings alone would take 6.4 MB."""
+    data = some(2, 200, cs=(torch.randn(2, 50, 40),) * 200, ucs=(torch.zeros(2, 50, 40),) * 200)
+    path = tmp_path / ("shard_00000.safetensors" if layout == "shard" else "data.pt")
+    if layout == "shard":
+        save_shard(data, path, {})
+    else:
+        save_pickle(original_layout(data), path)
+    states = 200 * 2 * (3 * 4 * 4 + 1) * 4
+    assert path.stat().st_size < states + 2 * 2 * 50 * 40 * 4 + 20_000
+    assert_equal(load_trajectories(path), data)
+
+
+def test_constant_conditioning_stays_small_in_memory():
+    """Joined batches of seeds hold one tensor for all steps, in the original's layout as well."""
+    joined = concatenate([some(2, 50, cs=constant(2, 50, seed)) for seed in range(3)])
+    assert len({step.data_ptr() for step in joined.extra["cs"]}) == 1
+    layout = original_layout(joined)
+    assert layout["cs"].shape == (50, 6, 5, 8) and layout["cs"].untyped_storage().nbytes() == 6 * 5 * 8 * 4
+
+
+def test_the_originals_file_is_indexed_by_step_then_sample(tmp_path):
+    """formats §3: xs[S][N, ...], ts[S][N], cs[S][N, L, D], ucs[S][N, L, D]."""
+    content = {
+        "xs": torch.randn(3, 2, 3, 4, 4), "ts": torch.tensor([[900, 900], [600, 600], [300, 300]]),
+        "cs": torch.randn(3, 2, 5, 8), "ucs": torch.randn(3, 2, 5, 8),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "data.pt")
+    found = load_trajectories(tmp_path / "data.pt", (3, 4, 4))
+    assert (found.steps, found.samples) == (3, 2) and found.timesteps.tolist() == [900, 600, 300]
+    for step in range(3):
+        assert torch.equal(found.xs[step], content["xs"][step])
+        assert all(torch.equal(found.extra[key][step], content[key][step]) for key in ("cs", "ucs"))
+
+
+def wrong(**changes):
+    columns = {"xs": torch.zeros(3, 2, 3, 4, 4), "ts": torch.zeros(3, 2), "cs": torch.zeros(3, 2, 5, 8)}
+    return columns | {"ucs": torch.zeros(3, 2, 5, 8)} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (wrong(cs=torch.zeros(3, 4, 5, 8)), r"expected cs of 2 samples, found shape \(4, 5, 8\)"),
+        (wrong(ucs=torch.zeros(3, 1, 5, 8)), r"expected ucs of 2 samples, found shape \(1, 5, 8\)"),
+        (wrong(cs=torch.zeros(2, 2, 5, 8)), "as many steps in every column, found .*'cs': 2"),
+        (wrong(cs=torch.zeros(3)), r"expected cs of 2 samples, found shape \(\)"),
+        (wrong(cs="a cat"), "expected cs to be a list of tensors or one stacked tensor"),
+        (wrong(ucs=None), "expected ucs to be a list of tensors or one stacked tensor"),
+        (wrong(ucs=torch.zeros(3, 2, 4, 8)), r"expected ucs of shape \(2, 5, 8\), as cs, found \(2, 4, 8\)"),
+        (
+            wrong(cs=[torch.zeros(2, 5, 8), torch.zeros(2, 6, 8), torch.zeros(2, 5, 8)]),
+            r"expected cs of shape \(2, 5, 8\) at every step, found \(2, 6, 8\)",
+        ),
+        (wrong(cs=torch.full((3, 2, 5, 8), float("nan"))), "expected finite cs"),
+    ],
+    ids=["samples", "ucs-samples", "steps", "scalars", "text", "none", "lengths", "lengths-of-steps", "nan"],
+)
+def test_conditioning_of_wrong_sizes_is_named(tmp_path, content, message):
+    path = tmp_path / "data.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_trajectories(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("with_cs", [0, 1], ids=["first", "second"])
+def test_shards_with_and_without_conditioning_are_not_joined(tmp_path, with_cs):
+    for i in range(2):
+        save_shard(some(cs=constant()) if i == with_cs else some(), shard_path(tmp_path, i), {})
+    with pytest.raises(ValueError, match="conditioning") as error:
+        load_trajectories(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_shards_of_other_lengths_are_named(tmp_path):
+    for i in range(2):
+        save_shard(some(steps=2 + i), shard_path(tmp_path, i), {})
+    with pytest.raises(ValueError, match=r"different lengths: \[2, 3\] steps") as error:
+        load_trajectories(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["lists", "stacked"])

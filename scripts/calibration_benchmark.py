@@ -1,0 +1,393 @@
+"""benchmark.py calibrate: iterations, capture, ranges and memory of a calibration, and their ratios to a plain one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import latent_model
+import pixel_model
+import torch
+import yaml
+from conditioning import is_conditional, number_of_classes
+from plain_calibration import Counter, counting, plain_optimise
+from torch import nn
+
+import ddim.pretrained
+import ldm.pretrained
+from qdiff.adapters import Adapter
+from qdiff.calibration.frontier import Frontier, PlainFrontier
+from qdiff.calibration.loop import UnitData, optimise, parameter_groups
+from qdiff.calibration.run import Calibration, RunOptions
+from qdiff.calibration.runner import calibrate
+from qdiff.calibration.selectors import CalibrationSet
+from qdiff.calibration.stages import find_activation_ranges, find_weight_ranges
+from qdiff.commandline import PRODUCTS, add_run_flags, tensor_float32, whole
+from qdiff.layers import quant_layers
+from qdiff.methods import MethodOptions, make_recipe
+from qdiff.progress import peak_memory
+from qdiff.spec import ActivationRanges, RangeSpec, Recipe, Reconstruct, WeightRanges
+
+FINDERS = ("minmax", "shrink")
+ROUNDS, WARM_UP = 3, 8  # the fourth iteration captures a graph
+LATER = 1000  # iterations that rounds after the first one plan for: the loop looks at its loss a hundred times
+TOKENS = 77  # of a prompt, where the configuration does not say
+UNIT_COLUMNS = [
+    ("unit", "unit", "s"),
+    ("w_rate", "weights (it/s)", ".1f"),
+    ("w_ms", "weights (ms/it)", ".2f"),
+    ("w_plain_ms", "plain (ms/it)", ".2f"),
+    ("w_ratio", "plain / weights", ".2f"),
+    ("a_rate", "activations (it/s)", ".1f"),
+    ("a_ms", "activations (ms/it)", ".2f"),
+    ("a_plain_ms", "plain (ms/it)", ".2f"),
+    ("a_ratio", "plain / activations", ".2f"),
+    ("start", "start (s)", ".2f"),
+]
+WORK_COLUMNS = [
+    ("what", "what", "s"),
+    ("seconds", "s", ".2f"),
+    ("per_unit", "s / unit and 1,024 states", ".2f"),
+    ("runs", "module runs", "d"),
+    ("plain_seconds", "plain (s)", ".2f"),
+    ("seconds_ratio", "plain s / s", ".1f"),
+    ("plain_runs", "plain module runs", "d"),
+    ("runs_ratio", "plain runs / runs", ".1f"),
+]
+
+
+def add_calibrate_command(commands: argparse._SubParsersAction) -> None:
+    """The `calibrate` subcommand's flags."""
+    parser = commands.add_parser("calibrate", help="speed of a calibration's parts, and against a plain one")
+    model = parser.add_argument_group("model")
+    model.add_argument("--config", type=Path, help="configuration of a pixel or latent model")
+    model.add_argument("--use_pretrained", action="store_true", help="pixel models: the configuration's weights")
+    model.add_argument("--ckpt", type=Path, help="pixel models: float weights of your own")
+    model.add_argument("-r", "--resume_base", type=Path, help="latent models: checkpoint or its folder")
+    model.add_argument("--random", action="store_true", help="random weights of the configuration's sizes")
+    states = parser.add_argument_group("calibration states", "Noise: only time is measured.")
+    states.add_argument("--cali_st", type=whole(1), default=4, help="sampler steps to calibrate on")
+    states.add_argument("--cali_n", type=whole(1), default=16, help="samples of each of those steps")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--units", nargs="+", metavar="NAME", help="units whose iterations are timed (default: all)")
+    what.add_argument("--iters", type=whole(1), default=30, help="timed iterations of each unit")
+    what.add_argument("--batch_size", type=whole(1), help="of the learned stages (default: 32, with prompts 8)")
+    what.add_argument("--weight_bit", type=whole(2, 8), default=4, help="bits of weights")
+    what.add_argument("--act_bit", type=whole(2, 8), default=8, help="bits of activations")
+    what.add_argument("--ranges", nargs="*", choices=FINDERS, help="finders of weight ranges (default: both)")
+    what.add_argument("--products", choices=PRODUCTS, default="float32", help="arithmetic while units learn")
+    against = parser.add_argument_group("ratios to a plain loop in this process")
+    against.add_argument("--against", choices=("plain",), help="whole prefix for every unit, no graphs, PyTorch's Adam")
+    against.add_argument("--method", choices=("quick", "q-diffusion"), help="also compare a whole calibration")
+    against.add_argument(
+        "--cali_iters", type=whole(1), help="its iterations per unit (q-diffusion: a quarter for scales)"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
+    add_run_flags(parser)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float network on its device, and what its inputs look like. context: of one state, () for none."""
+
+    network: nn.Module
+    adapter: Adapter
+    shape: tuple[int, ...]
+    context: tuple[int, ...]
+    family: str
+
+    def states(self, steps: int, per_step: int, seed: int) -> CalibrationSet:
+        """Noise at `steps` timesteps."""
+        generator, count = torch.Generator().manual_seed(seed), steps * per_step
+        step = torch.arange(steps).repeat_interleave(per_step)
+        t = (step + 1) * self.adapter.num_timesteps(self.network) // steps - 1
+        x = torch.randn((count, *self.shape), generator=generator)
+        context = torch.randn((count, *self.context), generator=generator) if self.context else None
+        return CalibrationSet(x, t, step, context)
+
+
+def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
+    """The model that the flags name. Raises ValueError naming the flags where they name none."""
+    if args.resume_base is None and args.config is None:
+        raise ValueError("-r, --config: name a checkpoint, or a configuration")
+    if args.method is not None and args.against is None:
+        raise ValueError("--method: whole calibrations are only compared; add --against plain")
+    found = _latent(args) if args.resume_base is not None or _is_latent(args.config) else _pixel(args)
+    return replace(found, network=found.network.to(device).requires_grad_(False))
+
+
+def _is_latent(path: Path) -> bool:
+    """Whether a configuration is one; files that are none are left to the readers to complain about."""
+    try:
+        return "target" in yaml.safe_load(path.read_text(encoding="utf8"))["model"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return False
+
+
+def _pixel(args: argparse.Namespace) -> Subject:
+    config = pixel_model.read_config(args)
+    if args.random:
+        network = ddim.pretrained.build_network(config, args.seed)
+    else:
+        network = pixel_model.load_float_model(args, config).network
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    return Subject(network, pixel_model.ADAPTER, shape, (), "pixel")
+
+
+def _latent(args: argparse.Namespace) -> Subject:
+    if args.resume_base is None and not args.random:
+        raise ValueError("no float weights: give -r PATH, or --random")
+    checkpoint = None if args.random else ldm.pretrained.find_checkpoint(args.resume_base)
+    config = ldm.pretrained.load_config(args.config or ldm.pretrained.find_config(checkpoint))
+    if checkpoint is None:
+        network = ldm.pretrained.build_network(config)
+    else:
+        network = ldm.pretrained.load_model(config, checkpoint).model.diffusion_model
+    size, width = config.model.params.image_size, network.config["context_dim"]
+    prompts = is_conditional(config) and number_of_classes(config) is None
+    stage = config.model.params.get("cond_stage_config")
+    options = (stage.get("params") or {}) if prompts else {}
+    tokens = options.get("max_length", options.get("max_seq_len", TOKENS)) if prompts else 1
+    context = () if width is None else (tokens, width)
+    return Subject(network, latent_model.ADAPTER, (network.in_channels, size, size), context, _family(prompts))
+
+
+def _family(prompts: bool) -> str:
+    return "text" if prompts else "latent"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, the device's queue drained."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+class Enough(Exception):
+    """Ends a loop whose iterations have been timed."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A quantized network between the stages of `q-diffusion`, with the published batch size and iterations."""
+
+    args: argparse.Namespace
+    device: torch.device
+    recipe: Recipe
+    run: Calibration
+
+    @property
+    def stages(self) -> dict[str, Reconstruct]:
+        """The learned stages, w for weights and a for activations, with the rounding penalty on from the start."""
+        found = [stage for stage in self.recipe.stages if isinstance(stage, Reconstruct)]
+        penalty = replace(found[0].penalty, warmup=0.0)
+        return {"w": replace(found[0], penalty=penalty), "a": found[1]}
+
+    def units(self) -> list[str]:
+        """The units that are timed, in execution order. Raises ValueError naming one that is not there."""
+        known = self.run.executed_units()
+        for name in self.args.units or []:
+            if name not in known:
+                raise ValueError(f"--units {name}: expected some of {', '.join(known)}")
+        return [name for name in known if self.args.units is None or name in self.args.units]
+
+    def range_rows(self) -> list[dict]:
+        """Seconds to find and round to all weight grids by each finder; what the last one finds, stays."""
+        rows, asked = [], FINDERS if self.args.ranges is None else self.args.ranges
+        for finder in reversed(FINDERS):
+            if finder in asked or finder == FINDERS[0]:  # which has to set the grids
+                stage = WeightRanges(RangeSpec(finder))
+                seconds = seconds_of(lambda s=stage: find_weight_ranges(self.run, s), self.device)
+                rows.append({"what": f"weight ranges, {finder}", "seconds": seconds, "finder": finder})
+        return [row for row in reversed(rows) if row.pop("finder") in asked]
+
+    def activation_row(self) -> dict:
+        """Seconds to find all activation ranges, as the method does."""
+        stage = next(stage for stage in self.recipe.stages if isinstance(stage, ActivationRanges))
+        seconds = seconds_of(lambda: find_activation_ranges(self.run, stage), self.device)
+        states = min(stage.samples, len(self.run.data))
+        return {"what": f"activation ranges, {stage.range.finder}, {states} states", "seconds": seconds}
+
+    def capture(self, kind: type[Frontier], network: nn.Module) -> tuple[float, int]:
+        """(seconds, module runs) to bring the states of one stream before each unit in turn, with the float targets."""
+        counter, is_float = Counter(), network is self.run.float_network
+
+        def work() -> None:
+            frontier = counting(kind, counter)(network, self.run.adapter, self.run.data, 16, self.run.store)
+            for name in self.run.executed_units():
+                frontier.seek(name)
+                if is_float:
+                    frontier.kept_outputs(name)
+
+        return seconds_of(work, self.device), counter.runs
+
+    def capture_rows(self) -> list[dict]:
+        """Capture of both streams, and of the plain way."""
+        rows, scale = [], 1024 / len(self.run.data) / len(self.run.executed_units())
+        for what, network in (("float", self.run.float_network), ("quantized", self.run.network)):
+            seconds, runs = self.capture(Frontier, network)
+            row = {"what": f"capture, {what}", "seconds": seconds, "per_unit": seconds * scale, "runs": runs}
+            if self.args.against:
+                plain_seconds, plain_runs = self.capture(PlainFrontier, network)
+                row |= {"plain_seconds": plain_seconds, "plain_runs": plain_runs}
+            rows.append(row)
+        if self.args.against:
+            keys = ("seconds", "runs", "plain_seconds", "plain_runs")
+            rows.append({"what": "capture"} | {key: sum(row[key] for row in rows) for key in keys})
+        return rows
+
+    def unit_rows(self, key: str) -> list[dict]:
+        """Milliseconds an iteration of every unit, in one of the learned stages."""
+        stage = self.stages[key]
+        frontiers = [self.run.frontier(self.run.float_network)]
+        if stage.inputs == "quantized":
+            frontiers.append(self.run.frontier(self.run.network))
+        return [{"unit": name} | self.unit_times(key, stage, name, frontiers) for name in self.units()]
+
+    def unit_times(self, key: str, stage: Reconstruct, name: str, frontiers: list[Frontier]) -> dict[str, float]:
+        """Median milliseconds of some rounds, in turn with the plain loop; {} where the stage has nothing to learn."""
+        target, source = frontiers[0].kept_outputs(name), frontiers[-1]
+        segment = source.seek(name)
+
+        def arguments(index: Any) -> tuple:
+            return source.arguments(segment, index)
+
+        data = UnitData(arguments, arguments, target, source.t, not self.run.store.has_spilled())
+        loops = {"": optimise} | ({"_plain": plain_optimise} if self.args.against else {})
+        found: dict[str, list[tuple[float, float]]] = {label: [] for label in loops}
+        for turn in range(ROUNDS):  # the first one starts as long a loop as the published one
+            timed = stage if turn == 0 else replace(stage, iterations=LATER)
+            for label, loop in loops.items():
+                times = self._time_loop(loop, timed, name, data)
+                if times is None:
+                    return {}
+                found[label].append(times)
+        times = {f"{key}{label}_ms": statistics.median(ms for _, ms in pairs) for label, pairs in found.items()}
+        times[f"{key}_rate"] = 1e3 / times[f"{key}_ms"]
+        if self.args.against:
+            times[f"{key}_ratio"] = times[f"{key}_plain_ms"] / times[f"{key}_ms"]
+        return times | ({"start": found[""][0][0]} if key == "w" else {})
+
+    def _time_loop(self, loop: Callable, stage: Reconstruct, name: str, data: UnitData) -> tuple[float, float] | None:
+        """(seconds up to the end of the warm-up, milliseconds an iteration after it); None: nothing to learn."""
+        unit, count = self.run.segment(name).module, math.ceil(self.args.iters / ROUNDS)
+        layers = {layer: self.run.bases[n] for n, layer in quant_layers(self.run.network).items()}
+        started, times = time.perf_counter(), []
+        groups = parameter_groups(unit, stage, layers)
+        if not groups:
+            return None
+
+        def tick(_: float) -> None:
+            nonlocal seen
+            seen += 1
+            if seen in (WARM_UP, WARM_UP + count):
+                synchronize(self.device)
+                times.append(time.perf_counter())
+            if seen == WARM_UP + count:
+                raise Enough
+
+        seen = 0
+        stage = replace(stage, iterations=max(stage.iterations, WARM_UP + count))
+        products = "bfloat16" if self.args.products == "bfloat16" else "float32"
+        generator = self.run.generator(0)
+        with suppress(Enough):
+            loop(unit, data, stage, groups, self.run.network.step_table, generator, tick=tick, products=products)
+        for layer in quant_layers(unit).values():
+            layer.finish_rounding()
+        return times[0] - started, 1e3 * (times[1] - times[0]) / count
+
+
+def options_of(args: argparse.Namespace, subject: Subject, **more: Any) -> MethodOptions:
+    """A method's options by the flags: symmetric activations and split shortcuts, as published."""
+    return MethodOptions(
+        *(args.weight_bit, args.act_bit, True),
+        split=True,
+        selector_steps=args.cali_st,
+        per_step=args.cali_n,
+        batch_size=args.batch_size or (8 if subject.family == "text" else 32),
+        family=subject.family,
+        **more,
+    )
+
+
+def compare(args: argparse.Namespace, subject: Subject, data: CalibrationSet) -> tuple[dict, dict]:
+    """(row, agreement) of a whole calibration, ours and the plain one, of the same data and seed."""
+    shares: dict[str, int] = {}
+    if args.cali_iters is not None:
+        shares = {"iterations": args.cali_iters, "act_iterations": max(1, args.cali_iters // 4)}
+    recipe = make_recipe(args.method, options_of(args, subject, **shares))
+    device, runs, row = next(subject.network.parameters()).device, [], {"what": f"whole calibration, {recipe.name}"}
+    products = "bfloat16" if args.products == "bfloat16" else "float32"
+    for label, kind, loop in (("", Frontier, optimise), ("plain_", PlainFrontier, plain_optimise)):
+        counter = Counter()
+        options = RunOptions(products=products, frontier=counting(kind, counter), optimise=loop)
+
+        def work(options: RunOptions = options) -> None:
+            runs.append(calibrate(subject.network, subject.adapter, recipe, data, args.seed, options=options))
+
+        row |= {f"{label}seconds": seconds_of(work, device), f"{label}runs": counter.runs}
+    return row, agreement(*runs)
+
+
+def agreement(run: Calibration, other: Calibration) -> dict[str, float]:
+    """The share of equal codes, and the largest relative difference of a unit's error after learning."""
+    theirs = quant_layers(other.network)
+    pairs = [(layer.codes, theirs[name].codes) for name, layer in quant_layers(run.network).items()]
+    equal = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+    errors = zip(run.reports, other.reports, strict=True)
+    worst = max((abs(a.after - b.after) / max(b.after, 1e-30) for a, b in errors), default=0.0)
+    return {"equal_codes": equal, "largest_error_difference": worst}
+
+
+def benchmark_calibration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The rows of both tables, and what else there is to say, by name."""
+    with tensor_float32(args.products == "tf32"):
+        subject = load_subject(args, device)
+        data = subject.states(args.cali_st, args.cali_n, args.seed)
+        recipe = make_recipe("q-diffusion", options_of(args, subject))
+        nothing = calibrate(subject.network, subject.adapter, replace(recipe, stages=()), data, args.seed)
+        bench = Bench(args, device, recipe, nothing)
+        bench.units()  # a wrong name is known before the measurement
+        warm = next(data.batches(16)).to(next(subject.network.parameters()))
+        with torch.no_grad():
+            subject.network(warm.x, warm.t, **subject.adapter.conditioning(subject.network, warm.context))
+        ranges, capture, weights = bench.range_rows(), bench.capture_rows(), bench.unit_rows("w")
+        work = [*ranges, bench.activation_row(), *capture]
+        units = [w | a for w, a in zip(weights, bench.unit_rows("a"), strict=True)]
+        found: dict[str, Any] = {"batch_size": bench.stages["w"].batch_size, "units": units}
+        found |= {"published_minutes": published_minutes(bench, units), "peak_bytes": peak_memory(device)}
+        del bench, nothing
+        if args.against and args.method:
+            row, found["agreement"] = compare(args, subject, data)
+            work.append(row)
+    for row in work:
+        for key in ("seconds", "runs"):
+            if f"plain_{key}" in row:
+                row[f"{key}_ratio"] = row[f"plain_{key}"] / max(row[key], 1e-9)
+    return found | {"work": work}
+
+
+def published_minutes(bench: Bench, units: list[dict]) -> float:
+    """What all published iterations of the timed units would take."""
+    total = sum(row.get(f"{key}_ms", 0.0) * stage.iterations for key, stage in bench.stages.items() for row in units)
+    return total / 60e3
+
+
+def present(rows: list[dict], columns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The columns that some row has a value for."""
+    return [column for column in columns if any(column[0] in row for row in rows)]

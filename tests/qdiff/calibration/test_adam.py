@@ -1,0 +1,105 @@
+"""Our Adam, whose rates are tables, against PyTorch's with a schedule."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qdiff.calibration.adam import Adam
+from qdiff.calibration.loop import rate_table
+from qdiff.spec import Learn
+
+STEPS = 150
+FACTORS = {"constant": lambda i: 1.0, "cosine": lambda i: 0.5 * (1 + math.cos(math.pi * i / STEPS))}
+LEARN = [Learn(0.05, "cosine"), Learn(0.002), Learn(1.0, "cosine")]
+
+
+def problem(dtype=torch.float64):
+    """Parameters of three groups, and a loss of them that no step reaches the minimum of."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[(3, 4), (5,)], [(1,), (2, 1, 3)], [(4, 4)]]
+    groups = [[nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in group] for group in shapes]
+    aims = torch.randn(STEPS, generator=generator, dtype=dtype)
+
+    def loss(step, skip=()):
+        every = [p for group in groups for p in group if all(p is not q for q in skip)]
+        return sum((p - aims[step]).abs().pow(1.5).sum() * 10 ** (i - 2) for i, p in enumerate(every))
+
+    return groups, loss
+
+
+def learn_with_ours(groups, loss, steps=STEPS, **options):
+    adam = Adam([(group, rate_table(learn, STEPS)) for group, learn in zip(groups, LEARN, strict=True)])
+    number = torch.zeros(1, dtype=torch.long)
+    for step in range(steps):
+        adam.zero_grad()
+        loss(step, **options).backward()
+        adam.step(number)
+        number += 1
+    return adam
+
+
+def learn_with_torchs(groups, loss, steps=STEPS, **options):
+    parts = [{"params": group, "lr": learn.rate} for group, learn in zip(groups, LEARN, strict=True)]
+    optimizer = torch.optim.Adam(parts)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [FACTORS[learn.schedule] for learn in LEARN])
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step, **options).backward()
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"),
+    [
+        (torch.float64, 1, 1e-13),
+        (torch.float64, STEPS, 1e-12),
+        # Rounding of float32 grows where a cosine's first steps are as wide as the parameters.
+        (torch.float32, 20, 1e-4),
+    ],
+)
+def test_it_steps_as_pytorchs_adam_with_a_schedule(dtype, steps, tolerance):
+    (mine, my_loss), (theirs, their_loss) = problem(dtype), problem(dtype)
+    before = copy.deepcopy(mine)
+    learn_with_ours(mine, my_loss, steps)
+    learn_with_torchs(theirs, their_loss, steps)
+    for group, other, former in zip(mine, theirs, before, strict=True):
+        for p, q, start in zip(group, other, former, strict=True):
+            torch.testing.assert_close(p.data, q.data, rtol=tolerance, atol=tolerance)
+            assert (p - start).abs().min() > 1e-3
+
+
+def test_parameters_without_gradient_stay():
+    (mine, my_loss), (theirs, their_loss) = problem(), problem()
+    start = mine[1][0].detach().clone()
+    adam = learn_with_ours(mine, my_loss, skip=[mine[1][0]])
+    learn_with_torchs(theirs, their_loss, skip=[theirs[1][0]])
+    assert torch.equal(mine[1][0], start) and mine[1][0].grad is None
+    for group, other in zip(mine, theirs, strict=True):
+        for p, q in zip(group, other, strict=True):
+            torch.testing.assert_close(p.data, q.data, rtol=1e-12, atol=1e-12)
+    given = [p.grad for group in mine for p in group if p.grad is not None]
+    assert len(given) == 4 and all(a is b for a, b in zip(adam.gradients(), given, strict=True))
+
+
+def test_gradients_are_forgotten():
+    groups, loss = problem()
+    adam = learn_with_ours(groups, loss, steps=1)
+    assert len(adam.gradients()) == 5
+    adam.zero_grad()
+    assert adam.gradients() == [] and all(p.grad is None for group in groups for p in group)
+
+
+def test_the_step_is_chosen_by_its_number():
+    """The last of a cosine is much shorter than the first, for the same gradient."""
+    moved = []
+    for number in (0, STEPS - 1):
+        p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        p.grad = torch.tensor([3.0, -0.1], dtype=torch.float64)
+        Adam([([p], rate_table(LEARN[0], STEPS))]).step(torch.tensor([number]))
+        moved.append(p.data)
+    torch.testing.assert_close(moved[0], torch.tensor([-0.05, 0.05], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert 0 < moved[1].abs().max() < 1e-3
