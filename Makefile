@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/python scripts/compare_methods.py --config configs/cifar10-small.yml --use_pretrained --methods nearest quick --weight_bit 4 --act_bit 8 --a_sym --split --outdir $(OUT)
 
 test: install lint
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: install
 	$(BIN)/ruff check .

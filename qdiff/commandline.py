@@ -330,8 +330,14 @@ def print_plan(plan: dict[str, Any], recipe: Recipe | None = None) -> None:
     print(yaml.safe_dump(plan, sort_keys=False, width=100), end="")
 
 
-def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a script's main; a user's mistake becomes one line on standard error and exit code 2."""
+GOES_ON = ": the same command goes on where it stopped"  # what a script says that can do so after Ctrl-C
+
+
+def run_main(main: Callable[[Sequence[str] | None], None], interrupted: str = "") -> None:
+    """Run a script's main; a user's mistake becomes one line on standard error and exit code 2.
+
+    interrupted: what to add to the word "interrupted" after Ctrl-C, of which the exit code is 130.
+    """
     try:
         main(None)
     except (ValueError, OSError) as error:
@@ -340,7 +346,7 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> None:
         reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
         sys.exit(_complain(" ".join(reason.split())))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        print(f"interrupted{interrupted}", file=sys.stderr)
         sys.exit(130)
 
 

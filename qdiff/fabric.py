@@ -128,12 +128,14 @@ class FabricTeam(Team):
         return value if sends else _with_tensors(data, received)
 
     def _send(self, tensor: Tensor | None, shape: tuple, dtype: torch.dtype, on_cpu: bool, owner: int) -> Tensor:
-        """One tensor from its owner, as bytes: not every backend knows every dtype."""
+        """One tensor from its owner, as bytes: not every backend knows every dtype. The owner gets its own back."""
         buffer = torch.empty(shape, dtype=dtype, device=self.device)
         if tensor is not None:
             buffer.copy_(tensor.detach())
         if buffer.numel():
             dist.broadcast(buffer.view(-1).view(torch.uint8), owner)
+        if tensor is not None:
+            return tensor
         return buffer.cpu() if on_cpu else buffer
 
     def wait(self) -> None:

@@ -28,6 +28,7 @@ from qdiff.calibration.trajectories import (
     shard_provenance,
 )
 from qdiff.commandline import (
+    GOES_ON,
     add_run_flags,
     add_team_flags,
     choose_device,
@@ -205,4 +206,4 @@ def unfinished(folder: Path, provenance: dict, indices: list[range]) -> dict[ran
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, GOES_ON)

@@ -33,6 +33,7 @@ from ddim.pipeline import Pipeline
 from ddim.pretrained import build_network
 from qdiff.calibrated import QuantizationPlan, calibrate_and_write, plan_quantization, read_inputs
 from qdiff.commandline import (
+    GOES_ON,
     add_quantization_flags,
     add_run_flags,
     add_team_flags,
@@ -183,4 +184,4 @@ def execute(plan: Plan, team: Team) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, GOES_ON)

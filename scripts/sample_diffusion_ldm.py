@@ -23,6 +23,7 @@ from ddim.images import load_png
 from ldm.pretrained import find_checkpoint, find_config
 from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
+    GOES_ON,
     add_quantization_flags,
     add_run_flags,
     add_team_flags,
@@ -151,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, GOES_ON)

@@ -26,6 +26,7 @@ from ddim.images import load_png, save_png
 from ldm.pretrained import find_checkpoint
 from qdiff.calibrated import plan_quantization
 from qdiff.commandline import (
+    GOES_ON,
     add_quantization_flags,
     add_run_flags,
     add_team_flags,
@@ -186,4 +187,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, GOES_ON)
