@@ -55,9 +55,12 @@ WORK_COLUMNS = [
     ("what", "what", "s"),
     ("seconds", "s", ".2f"),
     ("per_unit", "s / unit and 1,024 states", ".2f"),
+    ("cpu", "CPU s", ".2f"),
     ("runs", "module runs", "d"),
     ("plain_seconds", "plain (s)", ".2f"),
     ("seconds_ratio", "plain s / s", ".1f"),
+    ("plain_cpu", "plain CPU s", ".2f"),
+    ("cpu_ratio", "plain CPU s / CPU s", ".1f"),
     ("plain_runs", "plain module runs", "d"),
     ("runs_ratio", "plain runs / runs", ".1f"),
 ]
@@ -152,15 +155,12 @@ def _latent(args: argparse.Namespace) -> Subject:
         network = ldm.pretrained.load_model(config, checkpoint).model.diffusion_model
     size, width = config.model.params.image_size, network.config["context_dim"]
     prompts = is_conditional(config) and number_of_classes(config) is None
+    family = "text" if prompts else "latent"
     stage = config.model.params.get("cond_stage_config")
     options = (stage.get("params") or {}) if prompts else {}
     tokens = options.get("max_length", options.get("max_seq_len", TOKENS)) if prompts else 1
     context = () if width is None else (tokens, width)
-    return Subject(network, latent_model.ADAPTER, (network.in_channels, size, size), context, _family(prompts))
-
-
-def _family(prompts: bool) -> str:
-    return "text" if prompts else "latent"
+    return Subject(network, latent_model.ADAPTER, (network.in_channels, size, size), context, family)
 
 
 def synchronize(device: torch.device) -> None:
@@ -176,6 +176,13 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def spent(work: Callable[[], object], device: torch.device, counter: Counter) -> dict[str, float]:
+    """What a call takes: seconds, CPU seconds of this process (which other processes do not lengthen), module runs."""
+    started = time.process_time()
+    seconds = seconds_of(work, device)
+    return {"seconds": seconds, "cpu": time.process_time() - started, "runs": counter.runs}
 
 
 class Enough(Exception):
@@ -223,8 +230,8 @@ class Bench:
         states = min(stage.samples, len(self.run.data))
         return {"what": f"activation ranges, {stage.range.finder}, {states} states", "seconds": seconds}
 
-    def capture(self, kind: type[Frontier], network: nn.Module) -> tuple[float, int]:
-        """(seconds, module runs) to bring the states of one stream before each unit in turn, with the float targets."""
+    def capture(self, kind: type[Frontier], network: nn.Module) -> dict[str, float]:
+        """What it takes to bring the states of one stream before each unit in turn, and to get the float targets."""
         counter, is_float = Counter(), network is self.run.float_network
 
         def work() -> None:
@@ -234,20 +241,19 @@ class Bench:
                 if is_float:
                     frontier.kept_outputs(name)
 
-        return seconds_of(work, self.device), counter.runs
+        return spent(work, self.device, counter)
 
     def capture_rows(self) -> list[dict]:
         """Capture of both streams, and of the plain way."""
         rows, scale = [], 1024 / len(self.run.data) / len(self.run.executed_units())
         for what, network in (("float", self.run.float_network), ("quantized", self.run.network)):
-            seconds, runs = self.capture(Frontier, network)
-            row = {"what": f"capture, {what}", "seconds": seconds, "per_unit": seconds * scale, "runs": runs}
+            row = {"what": f"capture, {what}"} | self.capture(Frontier, network)
+            row["per_unit"] = row["seconds"] * scale
             if self.args.against:
-                plain_seconds, plain_runs = self.capture(PlainFrontier, network)
-                row |= {"plain_seconds": plain_seconds, "plain_runs": plain_runs}
+                row |= {f"plain_{key}": value for key, value in self.capture(PlainFrontier, network).items()}
             rows.append(row)
         if self.args.against:
-            keys = ("seconds", "runs", "plain_seconds", "plain_runs")
+            keys = [key for key in rows[0] if key not in ("what", "per_unit")]
             rows.append({"what": "capture"} | {key: sum(row[key] for row in rows) for key in keys})
         return rows
 
@@ -340,18 +346,20 @@ def compare(args: argparse.Namespace, subject: Subject, data: CalibrationSet) ->
         def work(options: RunOptions = options) -> None:
             runs.append(calibrate(subject.network, subject.adapter, recipe, data, args.seed, options=options))
 
-        row |= {f"{label}seconds": seconds_of(work, device), f"{label}runs": counter.runs}
+        row |= {f"{label}{key}": value for key, value in spent(work, device, counter).items()}
     return row, agreement(*runs)
 
 
-def agreement(run: Calibration, other: Calibration) -> dict[str, float]:
-    """The share of equal codes, and the largest relative difference of a unit's error after learning."""
+def agreement(run: Calibration, other: Calibration) -> dict[str, Any]:
+    """The share of equal codes; how the units' errors after learning differ, relatively: the median, the largest."""
     theirs = quant_layers(other.network)
     pairs = [(layer.codes, theirs[name].codes) for name, layer in quant_layers(run.network).items()]
     equal = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
-    errors = zip(run.reports, other.reports, strict=True)
-    worst = max((abs(a.after - b.after) / max(b.after, 1e-30) for a, b in errors), default=0.0)
-    return {"equal_codes": equal, "largest_error_difference": worst}
+    reports = zip(run.reports, other.reports, strict=True)
+    off = {(a.stage, a.unit): abs(a.after - b.after) / max(b.after, 1e-30) for a, b in reports}
+    worst = max(off, key=off.get)
+    found = {"equal_codes": equal, "median_error_difference": statistics.median(off.values())}
+    return found | {"largest_error_difference": off[worst], "in_stage": worst[0], "in_unit": worst[1]}
 
 
 def benchmark_calibration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -376,7 +384,7 @@ def benchmark_calibration(args: argparse.Namespace, device: torch.device) -> dic
             row, found["agreement"] = compare(args, subject, data)
             work.append(row)
     for row in work:
-        for key in ("seconds", "runs"):
+        for key in ("seconds", "cpu", "runs"):
             if f"plain_{key}" in row:
                 row[f"{key}_ratio"] = row[f"plain_{key}"] / max(row[key], 1e-9)
     return found | {"work": work}
