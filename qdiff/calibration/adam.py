@@ -11,7 +11,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Adam:
-    """Algorithm 1 of arXiv 1412.6980 with a rate for every step, known beforehand.
+    """Algorithm 1 of arXiv 1412.6980 with a rate for every step, known beforehand; rounds as torch.optim.Adam does.
 
     groups: (parameters, rates [steps]) of each parameter group.
     """
@@ -21,9 +21,9 @@ class Adam:
         for parameters, rates in groups:
             count = torch.arange(1, len(rates) + 1, dtype=torch.float64)
             sizes = rates.double().cpu() / (1 - BETA1**count)
-            second = (1 - BETA2**count).rsqrt()
+            roots = (1 - BETA2**count).sqrt()
             for p in parameters:
-                tables = (table.to(p) for table in (sizes, second))
+                tables = (table.to(p) for table in (-sizes, roots))
                 self._parts.append((p, torch.zeros_like(p), torch.zeros_like(p), *tables))
 
     def zero_grad(self) -> None:
@@ -38,10 +38,10 @@ class Adam:
     @torch.no_grad()
     def step(self, number: Tensor) -> None:
         """Take one step. number: [1] long, how many were taken before."""
-        for p, first, second, sizes, corrections in self._parts:
+        for p, first, second, sizes, roots in self._parts:
             if p.grad is None:
                 continue
             first.lerp_(p.grad, 1 - BETA1)
             second.mul_(BETA2).addcmul_(p.grad, p.grad, value=1 - BETA2)
-            spread = second.sqrt().mul_(corrections.index_select(0, number)).add_(EPS)
-            p.sub_(spread.reciprocal_().mul_(first).mul_(sizes.index_select(0, number)))
+            spread = second.sqrt().div_(roots.index_select(0, number)).add_(EPS)
+            p.add_(first.mul(sizes.index_select(0, number)).div_(spread))

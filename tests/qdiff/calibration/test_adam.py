@@ -103,3 +103,18 @@ def test_the_step_is_chosen_by_its_number():
         moved.append(p.data)
     torch.testing.assert_close(moved[0], torch.tensor([-0.05, 0.05], dtype=torch.float64), rtol=1e-6, atol=0)
     assert 0 < moved[1].abs().max() < 1e-3
+
+
+def test_float32_steps_are_torchs_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    mine = torch.randn(40, 7, generator=generator).requires_grad_()
+    theirs = mine.detach().clone().requires_grad_()
+    rates = torch.linspace(1e-1, 1e-4, 30, dtype=torch.float64)
+    adam, reference = Adam([([mine], rates)]), torch.optim.Adam([theirs], lr=0.0)
+    for step, rate in enumerate(rates.tolist()):
+        mine.grad = torch.randn(40, 7, generator=generator)
+        theirs.grad = mine.grad.clone()
+        reference.param_groups[0]["lr"] = rate
+        adam.step(torch.tensor([step]))
+        reference.step()
+    assert torch.equal(mine, theirs)
