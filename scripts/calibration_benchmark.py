@@ -378,7 +378,10 @@ def benchmark_calibration(args: argparse.Namespace, device: torch.device) -> dic
         work = [*ranges, bench.activation_row(), *capture]
         units = [w | a for w, a in zip(weights, bench.unit_rows("a"), strict=True)]
         found: dict[str, Any] = {"batch_size": bench.stages["w"].batch_size, "units": units}
-        found |= {"published_minutes": published_minutes(bench, units), "peak_bytes": peak_memory(device)}
+        found |= {
+            "minutes_of_published_iterations_of_these_units": published_minutes(bench, units),
+            "peak_bytes": peak_memory(device),
+        }
         del bench, nothing
         if args.against and args.method:
             row, found["agreement"] = compare(args, subject, data)

@@ -37,7 +37,7 @@ def test_a_pixel_model(tiny, tmp_path):
         assert row["start"] > 0 and "w_plain_ms" not in row
         assert f"| {row['unit']}" in out
     total = sum(20000 * row["w_ms"] + 5000 * row["a_ms"] for row in found["units"])
-    assert found["published_minutes"] == pytest.approx(total / 60000)
+    assert found["minutes_of_published_iterations_of_these_units"] == pytest.approx(total / 60000)
     what = [row["what"] for row in found["work"]]
     assert what == [
         *("weight ranges, minmax", "weight ranges, shrink", "activation ranges, minmax, 6 states"),
