@@ -61,16 +61,14 @@ class Store:
             return torch.empty(shape, dtype=dtype, device=self.device if place == "device" else "cpu")
         if self._scratch is not None:
             self._scratch.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(prefix="states-", dir=self._scratch)
-        try:
-            os.posix_fallocate(handle, 0, size)  # a mapped write to a full disk would kill the process
-            count = size // torch.empty((), dtype=dtype).element_size()
-            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        try:  # a file without a name: nothing is left behind, even by a killed process; the mapping keeps the space
+            with tempfile.TemporaryFile(dir=self._scratch) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a mapped write to a full disk would kill the process
+                count = size // torch.empty((), dtype=dtype).element_size()
+                path = f"/dev/fd/{file.fileno()}"
+                return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno), str(self._scratch or tempfile.gettempdir())) from error
-        finally:  # the mapping keeps the space until it goes; nothing is left behind, even by a killed process
-            os.close(handle)
-            os.unlink(path)
 
 
 def _release(used: dict[str, int], place: str, size: int) -> None:
