@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ddim.linear import LinearPath, linear_path
 from ddim.noise import ImageNoise
-from ddim.samplers import Call, make_sampler, run, sampler_timesteps, to_images
+from ddim.samplers import Call, Noise, Sampler, make_sampler, run, sampler_timesteps, to_images
 from ddim.schedules import beta_schedule
 
 
@@ -46,6 +47,10 @@ class Pipeline:
             self.sampler, steps=self.steps, skip_type=self.skip_type, num_timesteps=len(self.betas)
         )
 
+    def path(self) -> LinearPath:
+        """How errors of the predicted noise add up in x. Raises ValueError for ddpm_noisy, which clips."""
+        return linear_path(lambda x: self._sampler(x, lambda: torch.zeros_like(x)))
+
     def describe(self) -> dict:
         """Plain data that say how images are sampled, for provenance."""
         return {
@@ -67,13 +72,8 @@ class Pipeline:
         """
         parameter = next(network.parameters())
         noise = ImageNoise(self.seed, indices, self.shape, parameter.device, parameter.dtype)
-        sampler = make_sampler(
-            self.sampler,
-            noise(),
-            steps=self.steps,
-            skip_type=self.skip_type,
-            betas=self.betas,
-            eta=self.eta,
-            noise=noise,
-        )
-        return to_images(run(sampler, network, observe))
+        return to_images(run(self._sampler(noise(), noise), network, observe))
+
+    def _sampler(self, x: Tensor, noise: Noise) -> Sampler:
+        options = {"steps": self.steps, "skip_type": self.skip_type, "betas": self.betas, "eta": self.eta}
+        return make_sampler(self.sampler, x, noise=noise, **options)

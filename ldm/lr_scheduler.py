@@ -2,6 +2,7 @@
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -40,7 +41,7 @@ class LambdaWarmUpCosineScheduler:
     __call__ = schedule
 
 
-class _Cycles:
+class _Cycles(ABC):
     """One warm-up and one descent per cycle; every argument but the last has one entry per cycle.
 
     Step n belongs to the first cycle that ends at n or later; after the last one its final factor stays.
@@ -88,8 +89,9 @@ class _Cycles:
 
     __call__ = schedule
 
+    @abstractmethod
     def _descend(self, cycle: int, step: int) -> float:
-        raise NotImplementedError
+        """The factor at a step of a cycle, counted from its start, that lies behind the warm-up."""
 
 
 class LambdaWarmUpCosineScheduler2(_Cycles):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddim.linear import LinearPath, linear_path
 from ddim.noise import ImageNoise
-from ddim.samplers import Call, check_alphas, run
+from ddim.samplers import Call, Noise, Sampler, check_alphas, run
 from ddim.schedules import cumulative_alphas
 from ldm.samplers import check_eta, guided, make_sampler, sampler_timesteps
 
@@ -67,6 +68,10 @@ class Pipeline:
         """[S], the timestep of the first network call of each step, noisiest first."""
         return sampler_timesteps(self.sampler, steps=self.steps, num_timesteps=len(self.betas))
 
+    def path(self) -> LinearPath:
+        """How errors of the predicted (guided) noise add up in the latents."""
+        return linear_path(lambda x: self._sampler(x, lambda: torch.zeros_like(x)), self.scale)
+
     def describe(self) -> dict:
         """Plain data that say how latents are sampled, for provenance."""
         return {
@@ -105,8 +110,10 @@ class Pipeline:
         if codes is not None:
             _check_length("codes", codes, indices)
             start = ImageNoise(self.seed, codes, self.shape, device, dtype)()
-        sampler = make_sampler(self.sampler, start, steps=self.steps, betas=self.betas, eta=self.eta, noise=noise)
-        return run(sampler, self._guided(network, conditioning, indices, parameter), observe)
+        return run(self._sampler(start, noise), self._guided(network, conditioning, indices, parameter), observe)
+
+    def _sampler(self, x: Tensor, noise: Noise) -> Sampler:
+        return make_sampler(self.sampler, x, steps=self.steps, betas=self.betas, eta=self.eta, noise=noise)
 
     def _guided(
         self, network: nn.Module, conditioning: Conditioning | None, indices: Sequence[int], like: Tensor

@@ -111,3 +111,16 @@ def soft_quantize(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor
 def hard_codes(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
     """The codes clip(floor(base/scale) + [alpha >= 0] + z, lo, hi) that `soft_quantize` hardens to, as float."""
     return (torch.floor(base / scale) + (alpha >= 0) + zero_point).clamp(spec.lo, spec.hi)
+
+
+def offset_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight scale * (clip(floor(weight/scale) + offset + z, lo, hi) - z); gradients reach weight inside the range,
+    straight through floor."""
+    ratio = weight / scale
+    floored = ratio + (torch.floor(ratio) - ratio).detach()
+    return ((floored + offset + zero_point).clamp(spec.lo, spec.hi) - zero_point) * scale
+
+
+def offset_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes of `offset_quantize`, as float."""
+    return (torch.floor(weight / scale) + offset + zero_point).clamp(spec.lo, spec.hi)

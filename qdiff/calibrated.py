@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adapters import Adapter
+from qdiff.calibration.rollout import Path as SamplerPath
+from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.runner import Calibration, RunOptions, calibrate, check_weights
-from qdiff.calibration.selectors import select
+from qdiff.calibration.selectors import check_selection, select
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
@@ -32,13 +34,15 @@ from qdiff.published import (
     save_published,
 )
 from qdiff.spec import Recipe
+from qdiff.stages import Rollout
 from qdiff.surgery import insert_quantizers, softmax_spec
 
 logger = logging.getLogger(__name__)
+MakePath = Callable[[], SamplerPath]
 CHECKPOINT_NAME = "ckpt.safetensors"  # in a run's folder; written last, so that it means a finished calibration
 RECORD_NAME, STATES_NAME = "calibration", "states.safetensors"  # of an unfinished one
 # Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
-QUANTIZING = ("cali_ckpt", "recipe", "method", "resume", "resume_w", "quant_act", "weight_bit")
+QUANTIZING = ("cali_ckpt", "recipe", "method", "set", "resume", "resume_w", "quant_act", "weight_bit")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def plan_quantization(args: argparse.Namespace, steps: int, steps_flag: str) -> 
         return QuantizationPlan(args, None, args.cali_ckpt)
     if args.resume_w:
         recipe = for_given_weights(recipe)
-    if args.cali_data_path is None and recipe.selector.steps > steps:
+    by_steps = recipe.selector.name != "density_variety"  # which may take many states of a step
+    if args.cali_data_path is None and by_steps and recipe.selector.steps > steps:
         raise ValueError(f"--cali_st {recipe.selector.steps}: {steps_flag} makes only {steps} steps")
     return QuantizationPlan(args, recipe, None)
 
@@ -105,12 +110,13 @@ def read_inputs(
     shape: tuple[int, int, int],
     timesteps: Tensor,
     conditional: bool = False,
+    path: MakePath | None = None,
 ) -> Inputs:
     """Read and check the files that the flags name, and whether the recipe fits the network.
 
     build: makes the float network of the configuration (its weights do not matter); shape: (C, H, W) of its input;
-    timesteps: [S] of the sampler; conditional: the network takes conditioning. Raises FileNotFoundError, or
-    ValueError naming the flag and the file.
+    timesteps: [S] of the sampler; conditional: the network takes conditioning; path: makes the sampler's path, which
+    recipes that learn over groups of steps need. Raises FileNotFoundError, or ValueError naming the flag and the file.
     """
     args, loaded, recipe, trajectories = plan.args, None, None, None
     if args.ptq and args.cali_ckpt is not None:
@@ -119,8 +125,11 @@ def read_inputs(
         return Inputs(loaded, recipe, None)
     if args.cali_data_path is not None:
         trajectories = load_trajectories(args.cali_data_path, shape)
-        select(trajectories, plan.recipe.selector)
+        check_selection(trajectories, plan.recipe)
+        rollouts_of(plan.recipe, trajectories, path)
         timesteps = trajectories.timesteps
+    elif needs_rollouts(plan.recipe) and path is not None:
+        path()  # a sampler that has none is refused before anything is written
     with torch.device("meta"):
         network = build()
     if trajectories is not None:
@@ -158,10 +167,12 @@ def calibrate_and_write(
     folder: Path,
     provenance: dict[str, Any],
     team: Team | None = None,
+    path: MakePath | None = None,
 ) -> nn.Module:
     """Calibrate by the plan's recipe and write ckpt.safetensors and ckpt.pth into `folder`; return the network.
 
-    record: count -> float sampling states of that many samples, where the flags name no file of them. Until the
+    record: count -> float sampling states of that many samples, where the flags name no file of them. path: makes the
+    sampler's path (see `ddim.linear`), which stages over groups of steps need. Until the
     result is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
     with the result if that was written. Of a team's processes the leading one writes; all return the same network.
     """
@@ -171,9 +182,9 @@ def calibrate_and_write(
         if team.leads:
             shutil.rmtree(unfinished, ignore_errors=True)
         return load_checkpoint(finished).network
-    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.per_step, unfinished, team)
+    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.seeds, unfinished, team)
     provenance = {"seed": args.seed, **provenance}
-    data = select(trajectories, plan.recipe.selector)
+    data = select(trajectories, plan.recipe, float_network, adapter, args.seed)
     device = next(float_network.parameters()).device
     options = RunOptions(
         memory=args.max_memory or MemoryLimits(),
@@ -195,6 +206,7 @@ def calibrate_and_write(
             CalibrationLog(folder, device) if team.leads else None,
             weights_from=inputs.loaded,
             options=options,
+            rollouts=rollouts_of(plan.recipe, trajectories, path),
         )
     logger.info("states took at most %s bytes", run.store.peak)
     logger.info("peak memory: %s bytes", peak_memory(device))
@@ -204,6 +216,28 @@ def calibrate_and_write(
         (unfinished / STATES_NAME).unlink(missing_ok=True)
         run.record.remove()
     return run.network
+
+
+def rollouts_of(recipe: Recipe, trajectories: Trajectories, path: MakePath | None) -> Rollouts | None:
+    """What stages over groups of denoising steps learn from; None for recipes without.
+
+    Raises ValueError where the states are of another sampler, or the sampler is not linear in the predictions.
+    """
+    return Rollouts(trajectories, path()) if needs_rollouts(recipe) and path is not None else None
+
+
+def needs_rollouts(recipe: Recipe) -> bool:
+    """Whether a stage learns over groups of denoising steps."""
+    return any(isinstance(stage, Rollout) for stage in recipe.stages)
+
+
+def warn_of_other_sampler(network: nn.Module, timesteps: Tensor) -> None:
+    """Say it where parameter sets per step were calibrated for another sampler than timesteps [S] are of."""
+    table = getattr(network, "step_table", None)
+    if table is None or table.made_for(timesteps):
+        return
+    found = f"{table.count} parameter sets for a sampler of {len(table.known)} timesteps"
+    logger.warning("the network has %s, this one has %d: each takes the set of the nearest", found, len(timesteps))
 
 
 def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Path, team: Team) -> Trajectories:

@@ -19,6 +19,7 @@ from torch import nn
 
 from qdiff.calibration.store import MemoryLimits
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
+from qdiff.overrides import apply_overrides
 from qdiff.spec import COMPAT, Recipe
 from qdiff.surgery import softmax_spec
 
@@ -122,7 +123,7 @@ def add_team_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
-    """The original scripts' quantization flags, and --method, --recipe, --rounding_start, --compat.
+    """The original scripts' quantization flags, and --method, --recipe, --set, --rounding_start, --compat.
 
     Flags that a method has its own value for default to None here; help texts say what that means.
     """
@@ -136,8 +137,10 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
     modes = ", ".join(f"{mode}: {method}" for mode, method in QUANT_MODES.items())
     group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"methods' original names ({modes})")
-    group.add_argument("--method", choices=METHODS, help="calibration method, with its own defaults")
+    methods = f"calibration method, with its own defaults: {', '.join(METHODS)}"
+    group.add_argument("--method", choices=METHODS, metavar="NAME", help=methods)
     group.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe (YAML) in place of a method")
+    add_set_flag(group)
     group.add_argument("--running_stat", action="store_true", help="moving averages for activation ranges")
     group.add_argument("--rs_sm_only", action="store_true", help="moving averages for ranges of softmax outputs only")
     group.add_argument("--a_min_max", action="store_true", help="activation ranges by minimum and maximum")
@@ -146,6 +149,13 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=faults)
     add_calibration_flags(parser.add_argument_group("calibration"))
     add_machine_flags(parser)
+
+
+def add_set_flag(group: argparse._ArgumentGroup) -> None:
+    """--set, whose values `qdiff.overrides.apply_overrides` takes; None where it is left out."""
+    example = "reconstruct.iterations=100 selector.name=density_variety weights.bits=4"
+    changes = "change fields of the recipe, last of all; --dry_run shows them; e.g. --set"
+    group.add_argument("--set", nargs="+", action="extend", metavar="PATH=VALUE", help=f"{changes} {example}")
 
 
 def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
@@ -213,13 +223,29 @@ def method_options(args: argparse.Namespace) -> MethodOptions:
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that --recipe, --method or --quant_mode asks for.
+    """The recipe that --recipe, --method or --quant_mode asks for, changed by --set.
 
     Bit widths, --a_sym, --split, --cali_st and --cali_n given beside --recipe replace the recipe's. Raises ValueError
     naming what is wrong.
     """
+    if args.set and args.cali_ckpt is not None and not args.resume_w:
+        raise ValueError(f"--set: changes a calibration, and --cali_ckpt {args.cali_ckpt} is used as it is")
     if args.recipe is None:
-        return make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
+        recipe = make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
+    else:
+        recipe = _recipe_of_file(args)
+    if args.set:
+        recipe = apply_overrides(recipe, args.set)
+    try:
+        require_stages(recipe)
+    except ValueError as error:
+        sources = [str(args.recipe)] * (args.recipe is not None) + ["--set"] * bool(args.set)
+        raise ValueError(f"{' with '.join(sources) or recipe.name}: {error}") from error
+    return recipe
+
+
+def _recipe_of_file(args: argparse.Namespace) -> Recipe:
+    """The recipe of --recipe, with what is given beside it. Raises ValueError naming what is wrong."""
     if not args.recipe.is_file():
         raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
     for name in HELD_BY_RECIPE:
@@ -228,10 +254,6 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
     recipe = Recipe.load(args.recipe)
     if args.quant_act and recipe.activations is None:
         raise ValueError(f"--quant_act: contradicts {args.recipe}, which leaves activations float")
-    try:
-        require_stages(recipe)
-    except ValueError as error:
-        raise ValueError(f"{args.recipe}: {error}") from error
     activations, softmax = recipe.activations, recipe.softmax
     if activations is not None:
         activations = _with(activations, bits=args.act_bit, kind="signed" if args.a_sym else None)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.quantizers import ActQuantizer, SoftRounding, WeightQuantizer
+from qdiff.quantizers import ActQuantizer, FloorRounding, SoftRounding, WeightQuantizer
 from qdiff.spec import QuantSpec
 from qdiff.steps import StepTable
 
@@ -109,6 +109,14 @@ class QuantLayer(nn.Module):
         parts = zip(self.slices, self.weight_quantizers, strict=True)
         self.rounding = nn.ModuleList([SoftRounding(base[:, part], q, exponent) for part, q in parts])
         return [r.alpha for r in self.rounding]
+
+    def start_finetuning(self, base: Tensor) -> list[nn.Parameter]:
+        """Let the float weight `base` be learned under its frozen grid and rounding. Returns the parameters, one per
+        part; the layer must have codes."""
+        parts = zip(self.slices, self.weight_quantizers, strict=True)
+        rounding = [FloorRounding(base[:, part], self.codes[:, part], q) for part, q in parts]
+        self.rounding = nn.ModuleList(rounding)
+        return [r.weight for r in rounding]
 
     def finish_rounding(self) -> None:
         """Harden a learned rounding, if there is one, and freeze its codes."""

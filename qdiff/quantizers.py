@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.arithmetic import dequantize, fake_quantize, hard_codes, quantize, sharpen, soft_quantize, soft_round_inverse
+from qdiff.arithmetic import (
+    dequantize,
+    fake_quantize,
+    hard_codes,
+    offset_codes,
+    offset_quantize,
+    quantize,
+    sharpen,
+    soft_quantize,
+    soft_round_inverse,
+)
 from qdiff.spec import QuantSpec
 from qdiff.steps import StepTable
 
@@ -57,6 +67,8 @@ class ActQuantizer(nn.Module):
             chosen = values
         elif index is None:
             raise RuntimeError("parameter sets per step: the batch's timesteps were not given to the StepTable")
+        elif len(index) == 1:
+            chosen = values[index]
         else:  # heads folded into the batch axis repeat each sample's set
             chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
         if values.dim() == 1:
@@ -101,6 +113,36 @@ class WeightQuantizer(nn.Module):
     def values(self, codes: Tensor) -> Tensor:
         """The weights that the codes stand for, in the scale's dtype."""
         return dequantize(codes, self.scale, self.zero_point)
+
+
+class FloorRounding(nn.Module):
+    """The weight while it is finetuned on its frozen grid: scale * (clip(floor(w / scale) + offset) - zero point).
+
+    The offset is what rounding made of each weight, 0 or 1 after AdaRound (any number after compensated rounding), so
+    that learning starts from exactly the codes there are; floor passes gradients straight through (QuEST, methods
+    §3.3).
+    """
+
+    def __init__(self, weight: Tensor, codes: Tensor, quantizer: WeightQuantizer) -> None:
+        """weight: [O, ...] float; codes: the same shape, what it was rounded to."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        offset = codes.to(weight.dtype) - quantizer.zero_point - torch.floor(weight.detach() / quantizer.scale)
+        self.register_buffer("offset", offset, persistent=False)
+        self._quantizer = (quantizer,)
+
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, QuantSpec]:
+        quantizer = self._quantizer[0]
+        return self.weight, quantizer.scale, quantizer.zero_point, self.offset, quantizer.spec
+
+    def forward(self) -> Tensor:
+        """The weight on its grid; gradients reach the float weight."""
+        return offset_quantize(*self._arguments())
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The codes, as float."""
+        return offset_codes(*self._arguments())
 
 
 class SoftRounding(nn.Module):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qdiff.spec import RANGE_FINDERS, QuantSpec, RangeSpec
+from qdiff.spec import QuantSpec
+from qdiff.stages import RANGE_FINDERS, RangeSpec
 
 CHUNK = 2**23  # values quantized at once in a search: 32 MiB of float32
 CPU_CHUNK = 2**18  # the same on a CPU, whose cache then holds them: half the time

@@ -1,20 +1,20 @@
-"""Frozen descriptions of what is quantized and how: grids, ranges, rules, stages, recipes; YAML in, YAML out."""
+"""Frozen descriptions of what is quantized and how: grids, rules, step groups, recipes; YAML in, YAML out."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qdiff.names import Roles, check_pattern, matches
 from qdiff.plain import from_plain, one_of, to_plain, within
+from qdiff.stages import STAGES, Stage
 
 KINDS = ("affine", "signed", "unsigned", "unsigned_mid")
 AXES = ("tensor", "out_channel", "in_channel")
-RANGE_FINDERS = ("minmax", "shrink", "theta", "percentile")  # made in qdiff.ranges
 
 
 @dataclass(frozen=True)
@@ -48,229 +48,92 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
-class RangeSpec:
-    """How a range is found: a finder (see `qdiff.ranges`), and how the ranges of several batches become one.
-
-    `aggregate`: "first" uses the first batch alone; "ema" a moving average over batches with `momentum`, from the
-    first batch on; "all" everything seen. With `prefix` "quantized" a quantizer already quantizes while later ones
-    collect; with "float" all see float activations. `candidates`, `p`: of the searching finders (None: the finder's
-    own).
-    """
-
-    finder: str = "minmax"
-    candidates: int | None = None
-    p: float | None = None
-    aggregate: str = "all"
-    momentum: float = 0.95
-    prefix: str = "float"
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        one_of("range finder", self.finder, RANGE_FINDERS)
-        one_of("range aggregate", self.aggregate, ("first", "ema", "all"))
-        one_of("range prefix", self.prefix, ("quantized", "float"))
-        within("range momentum", self.momentum, 0.0, 1.0)
-        if self.p is not None:
-            within("range p", self.p, 0.1, 10.0)
-        within("range batch_size", self.batch_size, 1, 2**20)
-        if self.candidates is not None:
-            within("range candidates", self.candidates, 1, 1000)
-
-
-@dataclass(frozen=True)
 class Rule:
-    """An exception to the recipe's bit widths for layers whose dotted name matches `pattern` (shell wildcards).
+    """An exception for layers whose dotted name matches `pattern`: shell wildcards, or a role as "role:input".
 
-    `weight_bits`, `act_bits`: new width, 0 for "leave float", None for "as the recipe says". Later rules win.
+    `weight_bits`, `act_bits`: new width, 0 for "leave float", None for "as the recipe says". `one_set`: the layer's
+    activation quantizer has one parameter set for all steps, whatever the recipe's step groups. Later rules win.
     """
 
     pattern: str
     weight_bits: int | None = None
     act_bits: int | None = None
+    one_set: bool = False
 
     def __post_init__(self) -> None:
+        check_pattern(self.pattern)
         for name in ("weight_bits", "act_bits"):
             bits = getattr(self, name)
             if bits not in (None, 0):
                 within(f"rule {self.pattern}: {name}", bits, 2, 8)
 
-    def matches(self, name: str) -> bool:
+    def matches(self, name: str, roles: Roles | None = None) -> bool:
         """Whether the rule speaks of the layer called `name`."""
-        return fnmatch.fnmatchcase(name, self.pattern)
+        return matches(self.pattern, name, roles)
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Which float sampling states calibrate: see `qdiff.calibration.selectors`."""
+    """Which float sampling states calibrate: see `qdiff.calibration.selectors`.
+
+    "uniform" takes `per_step` samples of each of `steps` steps; "group_starts" `per_step` samples of the first step of
+    every step group, and of further ones inside the groups until there are about `steps` steps; "density_variety"
+    (EDA-DM) `steps` x `per_step` states, each of another sample, at steps chosen by the features of `features`
+    samples: a step counts neighbours within mean squared distance `radius` (None: the median over all pairs of steps)
+    and adds `variety` times its dissimilarity.
+    """
 
     name: str = "uniform"
     steps: int = 20
     per_step: int = 256
+    radius: float | None = None
+    variety: float = 1.0
+    features: int = 64
 
     def __post_init__(self) -> None:
-        one_of("selector", self.name, ("uniform",))
+        one_of("selector", self.name, ("uniform", "density_variety", "group_starts"))
         within("selector steps (--cali_st)", self.steps, 1, 10**6)
         within("selector per_step (--cali_n)", self.per_step, 1, 10**9)
+        if self.radius is not None:
+            within("selector radius", self.radius, 0.0, 1e9)
+        within("selector variety", self.variety, 0.0, 1e9)
+        within("selector features", self.features, 1, 10**9)
+
+    @property
+    def seeds(self) -> int:
+        """Recorded samples that it takes."""
+        return self.steps * self.per_step if self.name == "density_variety" else self.per_step
 
 
 @dataclass(frozen=True)
 class StepGroups:
-    """Which sampler steps share activation parameters: `count` equal consecutive groups; t between two recorded
-    timesteps takes the set of the nearest one, or holds the last one passed on the way down from T."""
+    """Which sampler steps share activation parameters: `count` equal consecutive groups, or groups of `size` steps, the
+    last one shorter.
+
+    t between two recorded timesteps takes the set of the nearest one, or holds the last one passed on the way down
+    from T. `hold_every` reproduces a fault of the released QuEST (Q1): sets change at every that many steps only, so
+    that those between are never used.
+    """
 
     count: int = 1
     lookup: str = "nearest"
+    size: int | None = None
+    hold_every: int | None = None
 
     def __post_init__(self) -> None:
         within("step_groups count", self.count, 1, 10**6)
         one_of("step_groups lookup", self.lookup, ("nearest", "hold"))
+        for name in ("size", "hold_every"):
+            if getattr(self, name) is not None:
+                within(f"step_groups {name}", getattr(self, name), 1, 10**6)
+        if self.size is not None and self.count != 1:
+            raise ValueError(f"step_groups: expected count or size, found count {self.count} and size {self.size}")
+
+    def sets(self, steps: int) -> int:
+        """Parameter sets for a sampler of that many steps."""
+        return self.count if self.size is None else -(-steps // self.size)
 
 
-@dataclass(frozen=True)
-class Learn:
-    """One group of learned parameters: its Adam learning rate and how the rate goes ("constant" or "cosine" to 0)."""
-
-    rate: float
-    schedule: str = "constant"
-
-    def __post_init__(self) -> None:
-        within("learning rate", self.rate, 0.0, 1e3)
-        one_of("learning-rate schedule", self.schedule, ("constant", "cosine"))
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A unit's objective: L_p of its output, plus `taps` times the L_p of each of its layers but the last.
-
-    L_p(y, y*) = mean over all axes but axis 1 of sum over axis 1 of |y - y*|^p (methods of this field; `reduction`
-    "mean" averages over axis 1 too).
-    """
-
-    p: float = 2.0
-    taps: float = 0.0
-    reduction: str = "channel_sum"
-
-    def __post_init__(self) -> None:
-        within("loss p", self.p, 0.1, 10.0)
-        within("loss taps", self.taps, 0.0, 1e6)
-        one_of("loss reduction", self.reduction, ("channel_sum", "mean"))
-
-
-@dataclass(frozen=True)
-class RoundingPenalty:
-    """AdaRound's regulariser weight * sum(1 - |2h - 1|^beta) (arXiv 2004.10568 eq. 24), off for the first `warmup`
-    share of the iterations, then beta falls linearly from `beta_start` to `beta_end`."""
-
-    weight: float = 0.01
-    warmup: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-
-    def __post_init__(self) -> None:
-        within("penalty weight", self.weight, 0.0, 1e6)
-        within("penalty warmup", self.warmup, 0.0, 1.0)
-        within("penalty beta_start", self.beta_start, 0.1, 1e3)
-        within("penalty beta_end", self.beta_end, 0.1, 1e3)
-
-
-@dataclass(frozen=True)
-class WeightRanges:
-    """Stage: find every weight scale and zero point, and round to nearest."""
-
-    range: RangeSpec = RangeSpec("shrink")
-
-
-@dataclass(frozen=True)
-class Compensate:
-    """Stage: error-compensated rounding, layer by layer in execution order (GPTQ, arXiv 2210.17323)."""
-
-    damping: float = 0.01
-    rows: int = 4000
-    block: int = 128
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        within("compensate damping", self.damping, 1e-9, 1e3)
-        within("compensate rows", self.rows, 1, 10**9)
-        within("compensate block", self.block, 1, 10**6)
-        within("compensate batch_size", self.batch_size, 1, 2**20)
-
-
-@dataclass(frozen=True)
-class ActivationRanges:
-    """Stage: find the scale and zero point of every activation quantizer.
-
-    `inputs`: which calibration states are used: "all" of them or `samples` drawn at random ("random") or spread
-    evenly over the steps ("stratified") or the "first" ones, which are states of one step.
-    """
-
-    range: RangeSpec = RangeSpec()
-    softmax: RangeSpec | None = None
-    inputs: str = "all"
-    samples: int = 64
-
-    def __post_init__(self) -> None:
-        one_of("activation_ranges inputs", self.inputs, ("all", "random", "stratified", "first"))
-        within("activation_ranges samples", self.samples, 1, 10**9)
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """Stage: learn, unit by unit, so that a unit's output equals the float unit's.
-
-    `learn`: parameter group ("rounding", "scale", "bias") -> rate. `inputs`: the unit's inputs come from the "float"
-    or the "quantized" prefix, or are "mixed" element by element with probability `mix` of the quantized one. `drop`:
-    probability that an activation stays float while learning (QDrop, arXiv 2203.05740). `keep`: "always", or "better"
-    to keep the result only where it lowers the unit's error. `sharpen`: exponent that moves soft rounding's start
-    towards the codes already found, 1 for AdaRound's own start: a short stage that starts from compensated rounding
-    would otherwise first undo it.
-    """
-
-    learn: dict[str, Learn] = field(default_factory=lambda: {"rounding": Learn(1e-3)})
-    iterations: int = 20000
-    batch_size: int = 32
-    inputs: str = "quantized"
-    mix: float = 0.5
-    drop: float = 0.0
-    loss: Loss = Loss()
-    penalty: RoundingPenalty | None = None
-    keep: str = "always"
-    sharpen: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in self.learn:
-            one_of("learned parameter group", name, ("rounding", "scale", "bias"))
-        within("reconstruct iterations", self.iterations, 1, 10**9)
-        within("reconstruct batch_size", self.batch_size, 1, 10**9)
-        one_of("reconstruct inputs", self.inputs, ("float", "quantized", "mixed"))
-        within("reconstruct mix", self.mix, 0.0, 1.0)
-        within("reconstruct drop", self.drop, 0.0, 1.0)
-        within("reconstruct sharpen", self.sharpen, 1.0, 100.0)
-        one_of("reconstruct keep", self.keep, ("always", "better"))
-
-
-@dataclass(frozen=True)
-class CorrectBias:
-    """Stage: take the mean error of each unit's output, per channel, out of the bias of its last layer.
-
-    Empirical bias correction (arXiv 1906.04721, section 4.2). A constant error is small beside a unit's noise and so
-    hardly learned, but sampling adds it up over all steps.
-    """
-
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        within("correct_bias batch_size", self.batch_size, 1, 2**20)
-
-
-Stage = WeightRanges | Compensate | ActivationRanges | Reconstruct | CorrectBias
-STAGES: dict[str, type] = {
-    "weight_ranges": WeightRanges,
-    "compensate": Compensate,
-    "activation_ranges": ActivationRanges,
-    "reconstruct": Reconstruct,
-    "correct_bias": CorrectBias,
-}
 # Faults of the published code that change numbers; each is off unless named (B-numbers: docs/methods.md).
 COMPAT = {
     "raw_min_range": "B1: affine min-max takes the scale from the raw minimum, the zero point from min(minimum, 0)",
@@ -280,6 +143,11 @@ COMPAT = {
     "train_mode": "B8: dropout is active while a unit learns",
     "symmetric_softmax": "B9: softmax outputs take the activations' signed grid, of which half is never used",
     "definition_order": "units of the pixel model learn in the order of definition, its up path from up.0",
+    "positional_ends": "E1: EDA-DM's 8-bit first and last layers are found by position, and are others than meant",
+    "second_forward": "E5: losses of layers come from a second run of the unit, with other dropped activations",
+    "backward_counts": "E7: EDA-DM's counts are rounded one by one and corrected from the last step backwards",
+    "hold_every_ten": "Q1: QuEST's parameter sets change at every tenth step only",
+    "sequential_steps": "Q8: QuEST's time-embedding layers learn one step after another",
 }
 
 
@@ -313,11 +181,14 @@ class Recipe:
         for name in self.compat:
             one_of("compat option", name, COMPAT)
 
-    def layer_specs(self, name: str) -> tuple[QuantSpec | None, QuantSpec | None]:
-        """(weight grid, input grid) of the layer called `name`, the rules applied; None means float."""
+    def layer_specs(self, name: str, roles: Roles | None = None) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """(weight grid, input grid) of the layer called `name`, the rules applied; None means float.
+
+        roles: the network's, which rules may name.
+        """
         weights, activations = self.weights, self.activations
         for rule in self.rules:
-            if rule.matches(name):
+            if rule.matches(name, roles):
                 weights = _with_bits(weights, rule.weight_bits, self.weights)
                 activations = _with_bits(activations, rule.act_bits, self.activations)
         return weights, activations

@@ -24,11 +24,15 @@ class StepTable(nn.Module):
         Raises ValueError when there are more groups than timesteps.
         """
         super().__init__()
-        self.count = groups.count
         self.num_timesteps = num_timesteps
+        known = None if timesteps is None else timesteps.detach().double().cpu().sort(descending=True).values
+        if known is None and groups.size is not None:
+            raise ValueError(f"step_groups: groups of {groups.size} steps need a sampler's timesteps, found none")
+        self.count = groups.count if known is None else groups.sets(len(known))
+        self.known = known if self.count > 1 else None  # the calibration's timesteps, where it matters which they were
         lookup = torch.zeros(num_timesteps, dtype=torch.long)
-        if groups.count > 1:
-            lookup = _lookup(num_timesteps, groups, timesteps)
+        if self.count > 1:
+            lookup = _lookup(num_timesteps, groups, known)
         self.register_buffer("lookup", lookup, persistent=False)
         self.index: Tensor | None = None  # [N] group of each sample of the running batch; None: all in group 0
 
@@ -39,6 +43,18 @@ class StepTable(nn.Module):
     def select(self, t: Tensor) -> None:
         """Say that the batch to come has timesteps t [N]."""
         self.index = None if self.count == 1 else self.groups_of(t)
+        if self.index is not None and self.index.is_cpu and bool((self.index == self.index[0]).all()):
+            self.index = self.index[:1]  # one set for all: quantizers then have one scale to apply
+
+    def made_for(self, timesteps: Tensor) -> bool:
+        """Whether a sampler's timesteps [S] are those that the parameter sets were calibrated for."""
+        if self.known is None:
+            return True
+        return torch.equal(timesteps.detach().double().cpu().unique(), self.known.unique())
+
+    def reachable(self) -> list[int]:
+        """The groups that some timestep of the calibration's sampler takes its set from."""
+        return [0] if self.known is None else self.groups_of(self.known).unique().tolist()
 
     @contextmanager
     def at(self, t: Tensor) -> Iterator[None]:
@@ -51,13 +67,19 @@ class StepTable(nn.Module):
             self.index = former
 
 
-def _lookup(num_timesteps: int, groups: StepGroups, timesteps: Tensor | None) -> Tensor:
-    """[T] long: the group of each t. Step i of S, noisiest first, is in group floor(i * count / S)."""
-    known = None if timesteps is None else timesteps.double().unique().flip(0)
-    if known is None or len(known) < groups.count:
+def _lookup(num_timesteps: int, groups: StepGroups, known: Tensor | None) -> Tensor:
+    """[T] long: the group of each t. Step i of S, noisiest first, is in group floor(i * count / S), or i // size."""
+    sets = groups.count if known is None else groups.sets(len(known))
+    if known is None or len(known) < sets:
         found = "no sampler" if known is None else f"{len(known)} timesteps"
-        raise ValueError(f"step_groups: {groups.count} groups need at least as many sampler timesteps, found {found}")
-    group = torch.arange(len(known)) * groups.count // len(known)
+        raise ValueError(f"step_groups: {sets} groups need at least as many sampler timesteps, found {found}")
+    step = torch.arange(len(known))
+    if groups.hold_every is not None:
+        step = step // groups.hold_every * groups.hold_every
+    group = step * sets // len(known) if groups.size is None else step // groups.size
+    # A sampler may visit a timestep several times: its group is that of the first visit.
+    first = torch.cat([torch.tensor([True]), known[1:] != known[:-1]])
+    known, group = known[first], group[first]
     every = torch.arange(num_timesteps, dtype=torch.float64)
     distance = known[None] - every[:, None]  # [T, S]
     if groups.lookup == "hold":  # the last anchor passed on the way down: the smallest one that is not below t

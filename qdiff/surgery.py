@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from qdiff.adapters.base import Adapter
 from qdiff.layers import QUANT_LAYERS, QuantAttention
-from qdiff.spec import QuantSpec, Recipe
+from qdiff.names import Roles
+from qdiff.spec import QuantSpec, Recipe, StepGroups
 from qdiff.steps import StepTable
 
 
@@ -32,11 +33,14 @@ def insert_quantizers(
     """
     steps = StepTable(adapter.num_timesteps(network), recipe.step_groups, timesteps)
     boundaries = adapter.split_boundaries(network) if recipe.split_shortcuts else {}
+    one_set = StepTable(steps.num_timesteps, StepGroups())
     layers = {n: m for n, m in network.named_modules() if type(m) in QUANT_LAYERS}
-    _check_rules(recipe, list(layers))
+    roles = adapter.roles(network)
+    _check_rules(recipe, list(layers), roles)
     for name, layer in layers.items():
-        weight_spec, act_spec = recipe.layer_specs(name)
-        quantized = QUANT_LAYERS[type(layer)](layer, weight_spec, act_spec, steps, boundaries.get(name))
+        weight_spec, act_spec = recipe.layer_specs(name, roles)
+        table = one_set if any(rule.one_set and rule.matches(name, roles) for rule in recipe.rules) else steps
+        quantized = QUANT_LAYERS[type(layer)](layer, weight_spec, act_spec, table, boundaries.get(name))
         network.set_submodule(name, quantized.to(layer.weight.device).train(layer.training))
     if recipe.activations is not None:
         operand_spec = replace(recipe.activations, axis="tensor")
@@ -57,7 +61,7 @@ def _forget_timesteps(network: nn.Module, args: tuple, output: Tensor) -> None:
     network.step_table.index = None
 
 
-def _check_rules(recipe: Recipe, names: list[str]) -> None:
+def _check_rules(recipe: Recipe, names: list[str], roles: Roles) -> None:
     for rule in recipe.rules:
-        if not any(rule.matches(name) for name in names):
+        if not any(rule.matches(name, roles) for name in names):
             raise ValueError(f"rule {rule.pattern!r} matches no layer of the network, e.g. {', '.join(names[:3])}")

@@ -3,6 +3,7 @@
 
 simulate: one network evaluation of the simulated quantized model against the float model's.
 memory: peak memory of loading a latent model, quantizing it to nearest, saving and loading it packed.
+rollout: memory and time of an iteration over a group of denoising steps, by the group's size.
 calibrate: iterations of every unit, capture, ranges and peak memory; with --against plain, ratios to a plain loop.
 """
 
@@ -20,6 +21,7 @@ import torch
 from calibration_benchmark import UNIT_COLUMNS, WORK_COLUMNS, add_calibrate_command, benchmark_calibration, present
 from memory_benchmark import MEMORY_COLUMNS, add_memory_command, memory
 from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
+from rollout_benchmark import ROLLOUT_COLUMNS, add_rollout_command, rollout
 
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import select
@@ -43,6 +45,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     simulate.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(simulate)
     add_memory_command(commands)
+    add_rollout_command(commands)
     add_calibrate_command(commands)
     return parser.parse_args(argv)
 
@@ -85,7 +88,7 @@ def simulate(args: argparse.Namespace) -> list[dict]:
     for label, act_bits in ((f"W{args.weight_bit}", None), (f"W{args.weight_bit}A{args.act_bit}", args.act_bit)):
         options = MethodOptions(args.weight_bit, act_bits, True, 8, True, selector_steps=4, per_step=4)
         recipe = make_recipe("nearest", options)
-        data = select(trajectories, recipe.selector)
+        data = select(trajectories, recipe)
         networks[f"simulated {label}"] = calibrate(network, ADAPTER, recipe, data, args.seed).network
     runs = {name: (lambda network=network: network(x, t)) for name, network in networks.items()}
     times = in_turn(runs, args.repeats, device)
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-    if args.command == "simulate":
+    if args.command in ("simulate", "rollout"):
         about["batch_size"] = args.batch_size
     if args.command == "calibrate":
         about |= {"states": args.cali_st * args.cali_n, "products": args.products}
@@ -122,12 +125,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The command's tables, and other numbers, by name."""
     if args.command == "calibrate":
         return benchmark_calibration(args, device)
+    if args.command == "rollout":
+        return {"rollouts": rollout(args)}
     return {"rows": simulate(args) if args.command == "simulate" else memory(args)}
 
 
 def show(found: dict[str, Any]) -> None:
     """Print what was measured."""
-    tables = {"rows": [*COLUMNS, *MEMORY_COLUMNS[1:]], "units": UNIT_COLUMNS, "work": WORK_COLUMNS}
+    tables = {
+        "rows": [*COLUMNS, *MEMORY_COLUMNS[1:]],
+        "rollouts": ROLLOUT_COLUMNS,
+        "units": UNIT_COLUMNS,
+        "work": WORK_COLUMNS,
+    }
     for name, value in found.items():
         if name in tables:
             print(markdown_table(value, present(value, tables[name])))

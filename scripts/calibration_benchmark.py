@@ -12,17 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import latent_model
-import pixel_model
 import torch
-import yaml
-from conditioning import is_conditional, number_of_classes
+from benchmark_subject import Subject, load_subject
 from plain_calibration import Counter, counting, plain_optimise
 from torch import nn
 
-import ddim.pretrained
-import ldm.pretrained
-from qdiff.adapters import Adapter
 from qdiff.calibration.frontier import Frontier, PlainFrontier
 from qdiff.calibration.loop import UnitData, optimise, parameter_groups
 from qdiff.calibration.run import Calibration, RunOptions
@@ -33,12 +27,12 @@ from qdiff.commandline import PRODUCTS, add_run_flags, tensor_float32, whole
 from qdiff.layers import quant_layers
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.progress import peak_memory
-from qdiff.spec import ActivationRanges, RangeSpec, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import Recipe
+from qdiff.stages import ActivationRanges, RangeSpec, Reconstruct, WeightRanges
 
 FINDERS = ("minmax", "shrink")
 ROUNDS, WARM_UP = 3, 8  # the fourth iteration captures a graph
 LATER = 1000  # iterations that rounds after the first one plan for: the loop looks at its loss a hundred times
-TOKENS = 77  # of a prompt, where the configuration does not say
 UNIT_COLUMNS = [
     ("unit", "unit", "s"),
     ("w_rate", "weights (it/s)", ".1f"),
@@ -94,73 +88,6 @@ def add_calibrate_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(parser)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A float network on its device, and what its inputs look like. context: of one state, () for none."""
-
-    network: nn.Module
-    adapter: Adapter
-    shape: tuple[int, ...]
-    context: tuple[int, ...]
-    family: str
-
-    def states(self, steps: int, per_step: int, seed: int) -> CalibrationSet:
-        """Noise at `steps` timesteps."""
-        generator, count = torch.Generator().manual_seed(seed), steps * per_step
-        step = torch.arange(steps).repeat_interleave(per_step)
-        t = (step + 1) * self.adapter.num_timesteps(self.network) // steps - 1
-        x = torch.randn((count, *self.shape), generator=generator)
-        context = torch.randn((count, *self.context), generator=generator) if self.context else None
-        return CalibrationSet(x, t, step, context)
-
-
-def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
-    """The model that the flags name. Raises ValueError naming the flags where they name none."""
-    if args.resume_base is None and args.config is None:
-        raise ValueError("-r, --config: name a checkpoint, or a configuration")
-    if args.method is not None and args.against is None:
-        raise ValueError("--method: whole calibrations are only compared; add --against plain")
-    found = _latent(args) if args.resume_base is not None or _is_latent(args.config) else _pixel(args)
-    return replace(found, network=found.network.to(device).requires_grad_(False))
-
-
-def _is_latent(path: Path) -> bool:
-    """Whether a configuration is one; files that are none are left to the readers to complain about."""
-    try:
-        return "target" in yaml.safe_load(path.read_text(encoding="utf8"))["model"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return False
-
-
-def _pixel(args: argparse.Namespace) -> Subject:
-    config = pixel_model.read_config(args)
-    if args.random:
-        network = ddim.pretrained.build_network(config, args.seed)
-    else:
-        network = pixel_model.load_float_model(args, config).network
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    return Subject(network, pixel_model.ADAPTER, shape, (), "pixel")
-
-
-def _latent(args: argparse.Namespace) -> Subject:
-    if args.resume_base is None and not args.random:
-        raise ValueError("no float weights: give -r PATH, or --random")
-    checkpoint = None if args.random else ldm.pretrained.find_checkpoint(args.resume_base)
-    config = ldm.pretrained.load_config(args.config or ldm.pretrained.find_config(checkpoint))
-    if checkpoint is None:
-        network = ldm.pretrained.build_network(config)
-    else:
-        network = ldm.pretrained.load_model(config, checkpoint).model.diffusion_model
-    size, width = config.model.params.image_size, network.config["context_dim"]
-    prompts = is_conditional(config) and number_of_classes(config) is None
-    family = "text" if prompts else "latent"
-    stage = config.model.params.get("cond_stage_config")
-    options = (stage.get("params") or {}) if prompts else {}
-    tokens = options.get("max_length", options.get("max_seq_len", TOKENS)) if prompts else 1
-    context = () if width is None else (tokens, width)
-    return Subject(network, latent_model.ADAPTER, (network.in_channels, size, size), context, family)
 
 
 def synchronize(device: torch.device) -> None:

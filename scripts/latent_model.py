@@ -34,7 +34,7 @@ from ldm.pretrained import build_network, load_model
 from ldm.samplers import sampler_timesteps
 from ldm.schedules import beta_schedule
 from qdiff.adapters import adapter_for
-from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs
+from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs, warn_of_other_sampler
 from qdiff.calibration.trajectories import Trajectories, concatenate
 from qdiff.commandline import print_plan, start_log, warn_without_effect
 from qdiff.files import write_text
@@ -186,7 +186,9 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
         return None
     conditional = is_conditional(plan.config)
     build = partial(build_network, plan.config)
-    inputs = read_inputs(quantization, ADAPTER, build, pipeline.shape, pipeline.timesteps(), conditional)
+    inputs = read_inputs(
+        *(quantization, ADAPTER, build, pipeline.shape, pipeline.timesteps(), conditional, pipeline.path)
+    )
     model = load_model(plan.config, plan.checkpoint).to(plan.device)
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
@@ -201,6 +203,7 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     logger.info("%s model from %s", inputs.label(quantization), plan.checkpoint)
     warn_without_effect(args)
     network = quantized_network(plan, inputs, model, folder, team).to(plan.device)
+    warn_of_other_sampler(network, pipeline.timesteps())
     write_images(plan, model, network, folder, team)
     if team.leads:
         print(f"{plan.images} images of the {inputs.label(quantization)} model in {plan.path_of(folder, 0).parent}")
@@ -220,7 +223,9 @@ def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, 
         return concatenate(team.gather([part for _, part in found], len(indices)))
 
     provenance = {"sampling": plan.pipeline.describe(), **origin_of(plan.checkpoint)}
-    return calibrate_and_write(plan.quantization, inputs, ADAPTER, network, record, folder, provenance, team)
+    return calibrate_and_write(
+        *(plan.quantization, inputs, ADAPTER, network, record, folder, provenance, team, plan.pipeline.path)
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from qdiff.calibration.loop import Groups, History, UnitData, minibatches, rate_
 from qdiff.calibration.objectives import lp_loss, rounding_penalty, temperature
 from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE
-from qdiff.spec import Reconstruct
+from qdiff.stages import Reconstruct
 from qdiff.steps import StepTable
 
 
@@ -32,6 +32,7 @@ def plain_optimise(
     tick: Callable[[float], None] = lambda loss: None,
     team: Team | None = None,
     products: str = "float32",
+    second_forward: bool = False,
 ) -> History:
     """`qdiff.calibration.loop.optimise` in plain PyTorch: torch.optim.Adam, no graphs, rate and temperature in Python.
 

@@ -31,7 +31,13 @@ from torch import nn
 from ddim.images import save_png
 from ddim.pipeline import Pipeline
 from ddim.pretrained import build_network
-from qdiff.calibrated import QuantizationPlan, calibrate_and_write, plan_quantization, read_inputs
+from qdiff.calibrated import (
+    QuantizationPlan,
+    calibrate_and_write,
+    plan_quantization,
+    read_inputs,
+    warn_of_other_sampler,
+)
 from qdiff.commandline import (
     GOES_ON,
     add_quantization_flags,
@@ -149,7 +155,9 @@ def execute(plan: Plan, team: Team) -> None:
     """Carry out a plan: calibrate or load, sample, write the images. An unfinished run of the plan is gone on with."""
     args, quantization, pipeline = plan.args, plan.quantization, plan.pipeline
     inputs = read_inputs(
-        quantization, ADAPTER, lambda: build_network(plan.config), pipeline.shape, pipeline.timesteps()
+        *(quantization, ADAPTER, lambda: build_network(plan.config)),
+        *(pipeline.shape, pipeline.timesteps()),
+        path=pipeline.path,
     )
     model = load_float_model(args, plan.config) if quantization.loads is None else None
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
@@ -177,7 +185,9 @@ def execute(plan: Plan, team: Team) -> None:
             plan.folder,
             provenance,
             team,
+            pipeline.path,
         )
+    warn_of_other_sampler(network, pipeline.timesteps())
     sample(plan, network.to(plan.device), team)
     if team.leads:
         print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")

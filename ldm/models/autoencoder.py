@@ -5,6 +5,7 @@ perceptual and adversarial losses need other networks' weights, and a configurat
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ LEFT_OUT = ("loss.", "model_ema.")  # in published checkpoints of first stages, 
 PEAK = 2.0  # width of the range of pixel values
 
 
-class FirstStage(pl.LightningModule):
+class FirstStage(pl.LightningModule, ABC):
     """What the first stages share: encoder, decoder, training. Subclasses add the latents' form.
 
     `learning_rate` is an attribute that a training script sets. `scheduler_config` describes a schedule of it: an
@@ -66,9 +67,9 @@ class FirstStage(pl.LightningModule):
         self.scheduler_config = _plain(scheduler_config)
         self.seed = seed
 
+    @abstractmethod
     def reconstruct(self, image: Tensor, draws: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction of a batch and what the loss takes besides it. Random latents are drawn from `draws`."""
-        raise NotImplementedError
 
     def get_input(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The images of a batch, [N, C, H, W]. They come with channels last, [N, H, W, C], or [N, H, W] if single.

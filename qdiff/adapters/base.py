@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from qdiff.names import Roles
 
 
 class Segment(Protocol):
@@ -50,11 +52,27 @@ class Adapter(Protocol):
     def middle_attention(self, network: nn.Module) -> str:
         """The segment before which the state's features are the deepest map (EDA-DM's density and variety)."""
 
-    def time_layers(self, network: nn.Module) -> list[str]:
-        """Layers that see only the timestep: each residual block's projection (QuEST's time-embedding layers)."""
+    def roles(self, network: nn.Module) -> Roles:
+        """The layers of each role in `qdiff.names.ROLES`, by dotted name; also of a network with quantizers."""
 
     def published_name(self, quantizer: str) -> str:
         """The name that Q-Diffusion's checkpoints give an activation quantizer of ours."""
 
     def published_softmax_kind(self, network: nn.Module, act_kind: str) -> str:
         """The grid kind of softmax outputs in Q-Diffusion's checkpoints, for activations of kind `act_kind`."""
+
+
+def roles_of(network: nn.Module, **layers: Iterable[str]) -> Roles:
+    """The given roles, and those that follow from the order of definition."""
+    # Quantized layers keep their weights: what has one of two or more axes, and is no embedding, is a layer.
+    defined = [
+        name
+        for name, module in network.named_modules()
+        if not isinstance(module, nn.Embedding) and getattr(module, "weight", None) is not None
+        if module.weight.dim() > 1
+    ]
+    return {
+        **{role: tuple(names) for role, names in layers.items()},
+        "first_defined": (defined[0],),
+        "before_last_defined": (defined[-2],),
+    }

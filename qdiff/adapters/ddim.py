@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ddim.attention import DotProductAttention
 from ddim.chain import Segment, State
-from ddim.layers import ResnetBlock
+from ddim.layers import AttnBlock, ResnetBlock
 from ddim.network import DDPMUNet
+from qdiff.adapters.base import roles_of
+from qdiff.names import Roles
 
 
 class DDIMAdapter:
@@ -54,8 +56,17 @@ class DDIMAdapter:
     def middle_attention(self, network: DDPMUNet) -> str:
         return "mid.attn_1"
 
-    def time_layers(self, network: DDPMUNet) -> list[str]:
-        return [f"{name}.temb_proj" for name, m in network.named_modules() if isinstance(m, ResnetBlock)]
+    def roles(self, network: DDPMUNet) -> Roles:
+        blocks = [name for name, m in network.named_modules() if isinstance(m, ResnetBlock)]
+        attentions = [name for name, m in network.named_modules() if isinstance(m, AttnBlock)]
+        return roles_of(
+            network,
+            input=["conv_in"],
+            output=["conv_out"],
+            time=[f"{name}.temb_proj" for name in blocks],
+            attention=[f"{name}.{operand}" for name in attentions for operand in "qkv"],
+            feed_forward=[],
+        )
 
     def published_name(self, quantizer: str) -> str:
         return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")

@@ -12,6 +12,8 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.blocks import ResBlock
 from ldm.modules.diffusionmodules.chain import LatentState, Segment
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from qdiff.adapters.base import roles_of
+from qdiff.names import Roles
 
 # Options that change how a network is trained, not what it computes.
 WITHOUT_EFFECT = ("image_size", "dropout", "use_checkpoint", "use_fp16", "legacy", "dims", "n_embed")
@@ -56,8 +58,19 @@ class LatentAdapter:
         transformer = isinstance(network.middle_block[1], SpatialTransformer)
         return "middle_block.1.proj_in" if transformer else "middle_block.1"
 
-    def time_layers(self, network: UNetModel) -> list[str]:
-        return [f"{name}.emb_layers.1" for name, m in network.named_modules() if isinstance(m, ResBlock)]
+    def roles(self, network: UNetModel) -> Roles:
+        blocks = [name for name, m in network.named_modules() if isinstance(m, ResBlock)]
+        # Keys and values of the second attention see the conditioning, not features.
+        of_features = re.compile(r"\.(qkv|to_q|attn1\.to_[kv])$")
+        names = [name for name, _ in network.named_modules()]
+        return roles_of(
+            network,
+            input=["input_blocks.0.0"],
+            output=["out.2"],
+            time=[f"{name}.emb_layers.1" for name in blocks],
+            attention=[name for name in names if of_features.search(name)],
+            feed_forward=[name for name in names if re.search(r"\.ff\.net\.(0\.proj|2)$", name)],
+        )
 
     def published_name(self, quantizer: str) -> str:
         if ".transformer_blocks." in quantizer:

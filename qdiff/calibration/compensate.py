@@ -12,7 +12,7 @@ from torch import Tensor
 from qdiff.calibration.capture import recording_calls, recording_inputs
 from qdiff.calibration.frontier import Frontier
 from qdiff.layers import QuantConv, QuantLayer, quant_layers
-from qdiff.spec import Compensate
+from qdiff.stages import Compensate
 
 
 def input_rows(layer: QuantLayer, x: Tensor) -> Tensor:

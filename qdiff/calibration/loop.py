@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.adam import Adam
+from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.capture import dropping, recording_outputs, training_mode
 from qdiff.calibration.draws import Draws
 from qdiff.calibration.graphs import repeated
@@ -19,7 +19,7 @@ from qdiff.calibration.store import Column
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE
-from qdiff.spec import Learn, Reconstruct
+from qdiff.stages import Learn, Reconstruct
 from qdiff.steps import StepTable
 
 Source = tuple[Tensor, ...] | Callable[[Tensor], tuple[Tensor, ...]]
@@ -103,6 +103,11 @@ def rate_table(learn: Learn, iterations: int) -> Tensor:
     return learn.rate * 0.5 * (1 + angle.cos())
 
 
+def products_context(products: str, device: torch.device) -> AbstractContextManager:
+    """Within it products are computed as asked for: "float32", or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16) if products == "bfloat16" else nullcontext()
+
+
 @dataclass
 class Learning:
     """One unit's learning: everything an iteration reads and writes, as tensors on the unit's device."""
@@ -117,11 +122,19 @@ class Learning:
     float_unit: nn.Module | None
     penalized: list[Tensor]
     products: str  # "float32", or "bfloat16" for products in half precision
+    second_forward: bool = False  # E5 in qdiff.spec.COMPAT
 
     def __post_init__(self) -> None:
         iterations, device = self.stage.iterations, self.indices.device
         learn = self.stage.learn
-        self.adam = Adam([(p, rate_table(learn[name], iterations)) for name, p in self.groups.items()])
+        by_row = self.steps.count > 1  # a batch need not have every step group in it
+        tables = {name: rate_table(learn[name], iterations) for name in self.groups}
+        self.adam = Adam(
+            [
+                AdamGroup(p, tables[name], learn[name].relative, by_row and name == "scale")
+                for name, p in self.groups.items()
+            ]
+        )
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the iteration to come
         self.beta = penalty_table(self.stage.penalty, iterations).to(self.data.t.device)
         self.losses = torch.zeros(iterations, device=device)
@@ -151,23 +164,21 @@ class Learning:
         self.losses.index_copy_(0, self.number, loss.reshape(1).float())
         self.number += 1
 
-    def _products(self, device: torch.device) -> AbstractContextManager:
-        if self.products == "bfloat16":
-            return torch.autocast(device.type, torch.bfloat16)
-        return nullcontext()
-
     def _loss(self, index: Tensor) -> Tensor:
         """The stage's loss, without penalty, for the samples `index`."""
         data, stage, unit = self.data, self.stage, self.unit
         args, target = data.arguments(stage, index, self.draws), data.target[index]
         if stage.loss.taps == 0:
-            with self._products(target.device):
+            with products_context(self.products, target.device):
                 output = unit(*args)
             return lp_loss(output.to(target.dtype), target, stage.loss)
         layers = quant_layers(unit)
-        with self._products(target.device), recording_outputs(layers.values()) as outputs:
+        with products_context(self.products, target.device), recording_outputs(layers.values()) as outputs:
             output = unit(*args)
         loss = lp_loss(output.to(target.dtype), target, stage.loss)
+        if self.second_forward:  # E5: the layers' losses see other dropped activations than the output's
+            with products_context(self.products, target.device), recording_outputs(layers.values()) as outputs:
+                unit(*args)
         with torch.no_grad(), recording_outputs(self.float_unit.get_submodule(name) for name in layers) as targets:
             self.float_unit(*take_rows(data.float_, index))
         # Layers are compared in the order of their calls, which both units share; the last one is the output's own.
@@ -188,12 +199,13 @@ def optimise(
     tick: Callable[[float], None] = lambda loss: None,
     team: Team | None = None,
     products: str = "float32",
+    second_forward: bool = False,
 ) -> History:
     """Learn the parameters of `groups` so that the unit's output meets the target.
 
     float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
     penalty (default: all). tick: called after each iteration with the last loss noted. team: processes that share the
-    batches. Gradients reach only `groups`.
+    batches. second_forward: E5 in `qdiff.spec.COMPAT`. Gradients reach only `groups`.
     """
     penalized = groups.get("rounding", []) if penalized is None else penalized
     device, iterations = data.t.device, stage.iterations
@@ -203,11 +215,13 @@ def optimise(
     draws = Draws(_on_device(generator, device), team, batch)
     history, every = History(), max(1, iterations // 100)
     with ExitStack() as modes:
-        modes.enter_context(_learning(groups))
+        modes.enter_context(learning(groups))
         modes.enter_context(training_mode(unit, train_mode))
         modes.enter_context(dropping(act_quantizers(unit).values(), stage.drop, draws))
         modes.enter_context(_seeded(train_mode, generator, device))
-        work = Learning(unit, data, stage, groups, steps, draws, indices, float_unit, penalized, products)
+        work = Learning(
+            unit, data, stage, groups, steps, draws, indices, float_unit, penalized, products, second_forward
+        )
         starts = work.penalty_starts()
         # A graph holds the random state of its own generators only, and no copies between host and device.
         captures = data.on_device and not train_mode and team.size == 1
@@ -229,7 +243,7 @@ def _on_device(generator: torch.Generator, device: torch.device) -> torch.Genera
 
 
 @contextmanager
-def _learning(groups: Groups) -> Iterator[None]:
+def learning(groups: Groups) -> Iterator[None]:
     """Within the block the groups' parameters, and no others that were frozen, take gradients."""
     learned = [(p, p.requires_grad) for parameters in groups.values() for p in parameters]
     for parameter, _ in learned:

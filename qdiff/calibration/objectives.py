@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qdiff.arithmetic import soft_round
-from qdiff.spec import Loss, RoundingPenalty
+from qdiff.stages import Loss, RoundingPenalty
 
 
 def lp_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:

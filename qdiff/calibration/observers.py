@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qdiff.quantizers import ActQuantizer
 from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import RangeSpec
+from qdiff.stages import RangeSpec
 
 SAMPLE = 2**14  # values kept of each batch for a search over all batches
 
@@ -44,7 +44,7 @@ class RangeObserver:
             if self.spec.aggregate == "all":
                 self._keep(key, values)
             else:
-                self._average(key, self.find(values, quantizer.spec))
+                self._average(key, self.find(self._thinned(values), quantizer.spec))
             if self.spec.prefix == "quantized":
                 self._set(key)
 
@@ -54,8 +54,18 @@ class RangeObserver:
             low, high = torch.minimum(low, self._ranges[key][0]), torch.maximum(high, self._ranges[key][1])
         self._ranges[key] = (low, high)
         if self.spec.finder != "minmax":
-            chosen = torch.randint(values.shape[1], (min(SAMPLE, values.shape[1]),), generator=self.generator)
-            self._samples.setdefault(key, []).append(values[:, chosen.to(values.device)])
+            self._samples.setdefault(key, []).append(self._some(values, self.spec.sample or SAMPLE))
+
+    def _thinned(self, values: Tensor) -> Tensor:
+        """The values that a batch's search looks at."""
+        if self.spec.finder == "minmax" or self.spec.sample is None or values.shape[1] <= self.spec.sample:
+            return values
+        ends = [values.amin(1, keepdim=True), values.amax(1, keepdim=True)]
+        return torch.cat([*ends, self._some(values, self.spec.sample)], 1)
+
+    def _some(self, values: Tensor, count: int) -> Tensor:
+        chosen = torch.randint(values.shape[1], (min(count, values.shape[1]),), generator=self.generator)
+        return values[:, chosen.to(values.device)]
 
     def _average(self, key: tuple[ActQuantizer, int], found: tuple[Tensor, Tensor]) -> None:
         if key in self._ranges:
@@ -76,7 +86,7 @@ class RangeObserver:
     def finish(self, quantizers: Iterable[tuple[str, ActQuantizer]]) -> None:
         """Set every grid. Raises ValueError naming a quantizer, or a parameter set of one, that saw nothing."""
         for name, quantizer in quantizers:
-            for group in range(quantizer.steps.count):
+            for group in quantizer.steps.reachable():
                 if (quantizer, group) not in self._ranges:
                     which = f" in step group {group}" if quantizer.steps.count > 1 else ""
                     raise ValueError(f"activation ranges: {name} saw no calibration state{which}")

@@ -74,6 +74,7 @@ class Record:
         """
         self.folder, self.leads = folder, leads
         self._pieces: dict[tuple[int, str], Path] = {}
+        self._next = 0  # number of the next file: always the highest, so that of two of one piece the later is known
         if folder is None:
             return
         found = read_plan(folder)
@@ -82,7 +83,8 @@ class Record:
             raise ValueError(f"{folder}: holds an unfinished calibration of another plan: {differences(found, plan)}")
         for path in sorted(folder.glob("[0-9]*.safetensors")):
             about = _about(path)
-            self._pieces[about["stage"], about["unit"]] = path
+            self._put((about["stage"], about["unit"]), path)
+            self._next = int(path.stem) + 1
         if leads and found is None:
             write_text(folder / PLAN, json.dumps(plan, indent=1, sort_keys=True))
 
@@ -102,15 +104,23 @@ class Record:
             return {key: file.get_tensor(key) for key in file.keys()}, _about(path)["notes"]  # noqa: SIM118
 
     def save(self, stage: int, unit: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a finished piece, atomically. Raises OSError where it cannot be written; former pieces stay usable."""
+        """Keep a finished piece, atomically, in place of a former one of its name.
+
+        Raises OSError where it cannot be written; former pieces stay usable.
+        """
         if self.folder is None or not self.leads:
             return
-        number = len(self._pieces)
-        while (path := self.folder / f"{number:05d}.safetensors").exists():  # a damaged one among them may be gone
-            number += 1
+        path = self.folder / f"{self._next:05d}.safetensors"
         about = json.dumps({"stage": stage, "unit": unit, "notes": dict(notes)})
         save_safetensors(dict(tensors), path, {"qdiff": about})
-        self._pieces[stage, unit] = path
+        self._next += 1
+        self._put((stage, unit), path)
+
+    def _put(self, key: tuple[int, str], path: Path) -> None:
+        former = self._pieces.get(key)
+        self._pieces[key] = path
+        if former is not None and self.leads:
+            former.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the calibration is finished and its result saved."""

@@ -15,6 +15,7 @@ from qdiff.adapters.base import Adapter, Segment
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.loop import History
 from qdiff.calibration.record import Record, put_state, state_of
+from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import MemoryLimits, Store
 from qdiff.layers import quant_layers
@@ -93,6 +94,7 @@ class Calibration:
     options: RunOptions
     store: Store
     record: Record
+    rollouts: Rollouts | None = None  # float trajectories with their sampler, for stages over groups of steps
     bases: dict[str, Tensor] = field(default_factory=dict)
     reports: list[UnitReport] = field(default_factory=list)
 

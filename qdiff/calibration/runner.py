@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qdiff.adapters.base import Adapter
 from qdiff.calibration.capture import training_mode
 from qdiff.calibration.record import Record
+from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.run import Calibration, Progress, RunOptions, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.stages import STAGE_HANDLERS
@@ -34,13 +35,15 @@ def calibrate(
     progress: Progress | None = None,
     weights_from: nn.Module | None = None,
     options: RunOptions | None = None,
+    rollouts: Rollouts | None = None,
 ) -> Calibration:
     """Quantize a copy of the network by the recipe; the result's `network` is it.
 
     data: float states; timesteps: [S] of the sampler that made them, needed for parameter sets per step group.
     weights_from: a calibrated network of the same structure whose weight grids and codes are taken over before the
-    first stage. Every random draw comes from a generator seeded with `seed`, the stage and the unit. With a record in
-    the options a run that was killed goes on with its first unfinished unit, to the same result. Raises ValueError for
+    first stage. rollouts: the trajectories with their sampler, needed for `Rollout` stages. Every random draw comes
+    from a generator seeded with `seed`, the stage and the unit. With a record in the options a run that was killed
+    goes on with its first unfinished unit, to the same result. Raises ValueError for
     a recipe that does not fit, and for a record of another plan.
     """
     options = options or RunOptions()
@@ -50,7 +53,7 @@ def calibrate(
     network.requires_grad_(False).eval()
     store = Store(next(network.parameters()).device, options.memory, options.scratch)
     run = Calibration(
-        float_network, network, adapter, recipe, data, seed, progress or Progress(), options, store, record
+        float_network, network, adapter, recipe, data, seed, progress or Progress(), options, store, record, rollouts
     )
     if weights_from is not None:
         take_weights(network, weights_from)

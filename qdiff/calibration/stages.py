@@ -12,16 +12,29 @@ from torch import Tensor, nn
 
 from qdiff.calibration.capture import observing
 from qdiff.calibration.compensate import compensate_unit, execution_order
+from qdiff.calibration.finetune import finetune
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.loop import UnitData, optimise, parameter_groups
 from qdiff.calibration.objectives import lp_loss
 from qdiff.calibration.observers import RangeObserver
 from qdiff.calibration.record import put_state, state_of
+from qdiff.calibration.rollout_stage import learn_rollouts
 from qdiff.calibration.run import Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import ActivationRanges, Compensate, CorrectBias, Loss, Recipe, Reconstruct, Stage, WeightRanges
+from qdiff.spec import Recipe
+from qdiff.stages import (
+    ActivationRanges,
+    Compensate,
+    CorrectBias,
+    Finetune,
+    Loss,
+    Reconstruct,
+    Rollout,
+    Stage,
+    WeightRanges,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +109,9 @@ def _range_states(run: Calibration, stage: ActivationRanges, generator: torch.Ge
         return run.data.subset(torch.arange(samples) * count // samples)
     if stage.inputs == "all" and "ordered_ema" in run.recipe.compat:
         return run.data
+    if stage.inputs == "all" and run.network.step_table.count > 1:
+        # Step by step: every set's range comes from its own states whatever the order, and a batch of one set is fast.
+        return run.data.subset(run.data.step.argsort(stable=True))
     shuffled = torch.randperm(count, generator=generator)
     return run.data.subset(shuffled if stage.inputs == "all" else shuffled[:samples])
 
@@ -168,6 +184,7 @@ class _Learner:
             tick=lambda loss: run.progress.advance(note=f"{name} loss {loss:.3g}"),
             team=None if alone else run.options.team,
             products=run.options.products,
+            second_forward="second_forward" in run.recipe.compat,
         )
         for layer in quant_layers(unit.module).values():
             layer.finish_rounding()
@@ -250,4 +267,6 @@ STAGE_HANDLERS: dict[type[Stage], Callable[[Calibration, Stage, int], None]] = {
     ActivationRanges: find_activation_ranges,
     Reconstruct: reconstruct,
     CorrectBias: correct_biases,
+    Finetune: finetune,
+    Rollout: learn_rollouts,
 }

@@ -3,15 +3,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from qdiff.methods import gptq, nearest, q_diffusion, quick
+from qdiff.methods import accuquant, eda_dm, gptq, nearest, q_diffusion, quest, quick
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import STAGES, ActivationRanges, Compensate, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import Recipe
+from qdiff.stages import STAGES, ActivationRanges, Compensate, Finetune, WeightRanges
 
 METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
     "nearest": nearest.recipe,
+    "nearest-lp": nearest.searched,
     "gptq": gptq.recipe,
     "quick": quick.recipe,
     "q-diffusion": q_diffusion.recipe,
+    "eda-dm": eda_dm.recipe,
+    "quest": quest.recipe,
+    "accuquant": accuquant.recipe,
 }
 
 
@@ -28,11 +33,11 @@ def for_given_weights(recipe: Recipe) -> Recipe:
     for stage in recipe.stages:
         if isinstance(stage, (WeightRanges, Compensate)):
             continue
-        if isinstance(stage, Reconstruct):
+        if hasattr(stage, "learn"):
             learn = {name: rate for name, rate in stage.learn.items() if name == "scale"}
             if not learn:
                 continue
-            stage = replace(stage, learn=learn, penalty=None)
+            stage = replace(stage, learn=learn, **({} if isinstance(stage, Finetune) else {"penalty": None}))
         stages.append(stage)
     return replace(recipe, stages=tuple(stages))
 
@@ -46,8 +51,8 @@ def require_stages(recipe: Recipe) -> None:
         if kind not in kinds:
             raise ValueError(f"stages: expected {names[kind]} among them, found {[names[k] for k in kinds]}")
     for i, stage in enumerate(recipe.stages):
-        learned = stage.learn if isinstance(stage, Reconstruct) else {}
-        needs = [WeightRanges] * (isinstance(stage, Compensate) or "rounding" in learned)
+        learned = getattr(stage, "learn", {})
+        needs = [WeightRanges] * (isinstance(stage, Compensate) or not {"rounding", "weight"}.isdisjoint(learned))
         needs += [ActivationRanges] * (activations and "scale" in learned)
         for kind in needs:
             if kind not in kinds[:i]:

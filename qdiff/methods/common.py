@@ -1,11 +1,13 @@
-"""The parts of a recipe that follow from the options alone."""
+"""The parts of a recipe that several methods share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qdiff.methods.options import MethodOptions
 from qdiff.spec import QuantSpec, Selector
+from qdiff.stages import Compensate, Learn, Loss, RangeSpec, Reconstruct, RoundingPenalty, Stage, WeightRanges
 
 
 def grids(options: MethodOptions) -> dict[str, Any]:
@@ -21,6 +23,31 @@ def grids(options: MethodOptions) -> dict[str, Any]:
     }
 
 
-def selector(options: MethodOptions, steps: int, per_step: int) -> Selector:
-    """The uniform selector, with the method's numbers where the options give none."""
-    return Selector("uniform", options.selector_steps or steps, options.per_step or per_step)
+def selector(options: MethodOptions, default: Selector) -> Selector:
+    """A selector with the numbers of states that the options give."""
+    return replace(
+        default,
+        steps=options.selector_steps or default.steps,
+        per_step=options.per_step or default.per_step,
+    )
+
+
+def learned_rounding(options: MethodOptions, finder: str, batch_size: int) -> list[Stage]:
+    """Q-Diffusion's stage W, which QuEST and AccuQuant build on: weight ranges, then AdaRound.
+
+    `rounding_start="gptq"` starts it from error-compensated rounding, which no paper has.
+    """
+    stages: list[Stage] = [WeightRanges(RangeSpec(options.weight_range or finder))]
+    if options.rounding_start == "gptq":
+        stages.append(Compensate())
+    stages.append(
+        Reconstruct(
+            learn={"rounding": Learn(1e-3)},
+            iterations=options.iterations or 20000,
+            batch_size=batch_size,
+            inputs="quantized",
+            loss=Loss(2.0),
+            penalty=RoundingPenalty(),
+        )
+    )
+    return stages

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import ActivationRanges, Compensate, RangeSpec, Recipe, WeightRanges
+from qdiff.spec import Recipe, Selector
+from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 
 
 def recipe(options: MethodOptions) -> Recipe:
@@ -12,4 +13,6 @@ def recipe(options: MethodOptions) -> Recipe:
     stages = [WeightRanges(RangeSpec(options.weight_range or "shrink")), Compensate()]
     if options.act_bits is not None:
         stages.append(ActivationRanges(RangeSpec(options.act_range or "minmax")))
-    return Recipe("gptq", selector=selector(options, 10, 16), stages=tuple(stages), **grids(options))
+    return Recipe(
+        "gptq", selector=selector(options, Selector(steps=10, per_step=16)), stages=tuple(stages), **grids(options)
+    )

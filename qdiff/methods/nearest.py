@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import ActivationRanges, RangeSpec, Recipe, WeightRanges
+from qdiff.spec import Recipe, Selector
+from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
 
 
 def recipe(options: MethodOptions) -> Recipe:
@@ -12,4 +15,12 @@ def recipe(options: MethodOptions) -> Recipe:
     stages = [WeightRanges(RangeSpec(options.weight_range or "minmax"))]
     if options.act_bits is not None:
         stages.append(ActivationRanges(RangeSpec(options.act_range or "minmax")))
-    return Recipe("nearest", selector=selector(options, 10, 16), stages=tuple(stages), **grids(options))
+    return Recipe(
+        "nearest", selector=selector(options, Selector(steps=10, per_step=16)), stages=tuple(stages), **grids(options)
+    )
+
+
+def searched(options: MethodOptions) -> Recipe:
+    """The same with every range from the L2.4 search (methods §1.1)."""
+    searching = replace(options, weight_range=options.weight_range or "shrink", act_range=options.act_range or "shrink")
+    return replace(recipe(searching), name="nearest-lp")

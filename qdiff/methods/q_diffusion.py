@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from qdiff.methods.common import grids, selector
+from qdiff.methods.common import grids, learned_rounding, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import (
-    ActivationRanges,
-    Compensate,
-    Learn,
-    Loss,
-    RangeSpec,
-    Recipe,
-    Reconstruct,
-    RoundingPenalty,
-    WeightRanges,
-)
+from qdiff.spec import Recipe, Selector
+from qdiff.stages import ActivationRanges, Learn, Loss, RangeSpec, Reconstruct
 
 
 def recipe(options: MethodOptions) -> Recipe:
@@ -23,19 +14,7 @@ def recipe(options: MethodOptions) -> Recipe:
     `rounding_start="gptq"` starts stage W from error-compensated rounding, which the paper does not have.
     """
     batch_size = options.batch_size or 32
-    stages = [WeightRanges(RangeSpec(options.weight_range or _finder(options)))]
-    if options.rounding_start == "gptq":
-        stages.append(Compensate())
-    stages.append(
-        Reconstruct(
-            learn={"rounding": Learn(1e-3)},
-            iterations=options.iterations or 20000,
-            batch_size=batch_size,
-            inputs="quantized",
-            loss=Loss(2.0),
-            penalty=RoundingPenalty(),
-        )
-    )
+    stages = learned_rounding(options, _finder(options), batch_size)
     if options.act_bits is not None:
         stages += [
             _activation_ranges(options),
@@ -47,7 +26,12 @@ def recipe(options: MethodOptions) -> Recipe:
                 loss=Loss(options.loss_p or 2.4),
             ),
         ]
-    return Recipe("q-diffusion", selector=selector(options, 20, 256), stages=tuple(stages), **grids(options))
+    return Recipe(
+        "q-diffusion",
+        selector=selector(options, Selector(steps=20, per_step=256)),
+        stages=tuple(stages),
+        **grids(options),
+    )
 
 
 def _finder(options: MethodOptions) -> str:

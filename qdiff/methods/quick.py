@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import (
+from qdiff.spec import Recipe, Selector
+from qdiff.stages import (
     ActivationRanges,
     Compensate,
     CorrectBias,
     Learn,
     Loss,
     RangeSpec,
-    Recipe,
     Reconstruct,
     RoundingPenalty,
     WeightRanges,
@@ -43,4 +43,6 @@ def recipe(options: MethodOptions) -> Recipe:
         )
     )
     stages.append(CorrectBias())
-    return Recipe("quick", selector=selector(options, 10, 16), stages=tuple(stages), **grids(options))
+    return Recipe(
+        "quick", selector=selector(options, Selector(steps=10, per_step=16)), stages=tuple(stages), **grids(options)
+    )

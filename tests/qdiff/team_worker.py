@@ -16,7 +16,7 @@ from qdiff.commandline import add_team_flags, make_parser, run_main
 from qdiff.fabric import start_team
 from qdiff.layers import quant_layers
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import Loss, Reconstruct
+from qdiff.stages import Loss, Reconstruct
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 TIMESTEPS = torch.arange(950, 0, -100)

@@ -10,6 +10,8 @@ from qdiff.arithmetic import (
     fake_quantize,
     fused_fake_quantize,
     hard_codes,
+    offset_codes,
+    offset_quantize,
     quantize,
     sharpen,
     soft_quantize,
@@ -191,3 +193,41 @@ def test_sharpening_by_hand():
     h = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     assert sharpen(h, 2.0).tolist() == pytest.approx([0, 0.1, 0.5, 0.9, 1])
     assert sharpen(h, 100.0).isfinite().all()
+
+
+# Floor with an offset
+
+
+def test_floor_with_an_offset_by_hand():
+    spec, scale, zero_point = QuantSpec(3, "affine"), torch.tensor(0.5), torch.tensor(3.0)  # codes 0 to 7
+    weight, offset = torch.tensor([0.2, 0.7, -0.1, -0.6, 9.0, -9.0, 0.2]), torch.tensor([0.0, 1, 1, 0, 0, 0, -2])
+    # floor(w / s): 0, 1, -1, -2, 18, -18, 0
+    assert offset_codes(weight, scale, zero_point, offset, spec).tolist() == [3, 5, 3, 1, 7, 0, 1]
+    values = offset_quantize(weight, scale, zero_point, offset, spec)
+    assert values.tolist() == pytest.approx([0.0, 1.0, 0.0, -1.0, 2.0, -1.5, -1.0])
+
+
+@given(st.sampled_from([spec for spec in SPECS if spec.kind != "unsigned"]), VALUES, st.integers(-6, 6))
+def test_values_of_floor_with_an_offset_are_those_of_its_codes(spec, values, offset):
+    weight = torch.tensor(values, dtype=torch.float64)
+    scale, zero_point = grid_over(0.7 * weight, spec)
+    arguments = (weight, scale, zero_point, torch.tensor(float(offset)), spec)
+    codes = offset_codes(*arguments)
+    assert torch.equal(codes, codes.round()) and codes.min() >= spec.lo and codes.max() <= spec.hi
+    expected = dequantize(codes, scale, zero_point)
+    torch.testing.assert_close(offset_quantize(*arguments), expected, rtol=1e-9, atol=1e-9 * scale.item())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, "signed"), QuantSpec(4, "unsigned_mid")], ids=spec_id)
+def test_gradients_of_floor_with_an_offset_pass_inside_the_range_alone(spec, generator):
+    weight = torch.randn(400, dtype=torch.float64, generator=generator)
+    scale, zero_point = grid_over(0.5 * weight, spec)
+    offset = torch.randint(-2, 3, weight.shape, generator=generator).double()
+    unclipped = (weight / scale).floor() + offset + zero_point
+    inside, outside = (spec.lo < unclipped) & (unclipped < spec.hi), (unclipped < spec.lo) | (unclipped > spec.hi)
+    assert 0.05 < outside.double().mean() < 0.95 and inside.double().mean() > 0.05
+    factors = torch.randn(400, dtype=torch.float64, generator=generator)
+    weight.requires_grad_()
+    (offset_quantize(weight, scale, zero_point, offset, spec) * factors).sum().backward()
+    torch.testing.assert_close(weight.grad[inside], factors[inside])
+    assert not weight.grad[outside].any()

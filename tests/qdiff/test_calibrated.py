@@ -10,7 +10,8 @@ from qdiff.calibration.trajectories import Trajectories, original_layout
 from qdiff.checkpoints import load_checkpoint
 from qdiff.commandline import add_quantization_flags, add_run_flags, make_parser
 from qdiff.layers import act_quantizers, quant_layers
-from qdiff.spec import ActivationRanges, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import Recipe
+from qdiff.stages import ActivationRanges, Reconstruct, WeightRanges
 
 NEAREST = ("--ptq", "--weight_bit", 4, "--method", "nearest", "--cali_st", 2, "--cali_n", 2)
 ACTS = ("--quant_act", "--act_bit", 8)

@@ -14,16 +14,8 @@ from safetensors.torch import load_file, save_file
 import qdiff.files
 from qdiff.checkpoints import load_checkpoint, read_about, save_checkpoint
 from qdiff.layers import act_quantizers, quant_layers
-from qdiff.spec import (
-    ActivationRanges,
-    Compensate,
-    QuantSpec,
-    RangeSpec,
-    Recipe,
-    Rule,
-    StepGroups,
-    WeightRanges,
-)
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 from qdiff.surgery import insert_quantizers
 
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())

@@ -20,16 +20,8 @@ from qdiff.published import (
     published_state,
     save_published,
 )
-from qdiff.spec import (
-    ActivationRanges,
-    Compensate,
-    QuantSpec,
-    RangeSpec,
-    Recipe,
-    Rule,
-    StepGroups,
-    WeightRanges,
-)
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 from qdiff.surgery import insert_quantizers
 
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())

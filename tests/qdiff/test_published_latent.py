@@ -12,7 +12,8 @@ from qdiff.adapters import adapter_for
 from qdiff.checkpoints import load_checkpoint, read_about, save_checkpoint
 from qdiff.layers import act_quantizers, quant_layers, to_double
 from qdiff.published import load_published, original_flags, published_recipe, published_state, save_published
-from qdiff.spec import ActivationRanges, Compensate, QuantSpec, RangeSpec, Recipe, StepGroups, WeightRanges
+from qdiff.spec import QuantSpec, Recipe, StepGroups
+from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 from qdiff.surgery import insert_quantizers
 
 FORMS = ["plain", "transformer"]

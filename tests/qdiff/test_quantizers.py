@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from qdiff.arithmetic import fake_quantize, soft_round
-from qdiff.quantizers import ActQuantizer, SoftRounding, WeightQuantizer
+from qdiff.quantizers import ActQuantizer, FloorRounding, SoftRounding, WeightQuantizer
 from qdiff.ranges import grid_from_range
 from qdiff.spec import QuantSpec, StepGroups
 from qdiff.steps import StepTable
@@ -151,4 +151,55 @@ def test_gradients_reach_alpha_alone(generator):
     rounding = SoftRounding(weight, quantizer)
     rounding().square().sum().backward()
     assert rounding.alpha.grad.abs().max() > 0
+    assert weight.grad is None and quantizer.scale.grad is None
+
+
+# Finetuning under a frozen grid and rounding (methods §3.3)
+
+KINDS = ["affine", "signed", "unsigned_mid"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", ["tensor", "out_channel"])
+def test_finetuning_starts_exactly_at_the_codes_there_are_however_far_off(kind, axis, generator):
+    weight, spec = torch.randn(8, 30, generator=generator), QuantSpec(4, kind, axis)
+    quantizer = fitted(weight, spec)
+    nearest = quantizer.codes(weight)
+    away = torch.randint(-5, 6, weight.shape, generator=generator)  # as compensated rounding may leave them
+    for codes in (nearest, (nearest + away).clamp(spec.lo, spec.hi), torch.full_like(nearest, spec.hi)):
+        rounding = FloorRounding(weight, codes.to(torch.int8), quantizer)
+        assert torch.equal(rounding.codes(), codes)
+        torch.testing.assert_close(rounding(), quantizer.values(codes), rtol=1e-6, atol=1e-6)
+        assert torch.equal(rounding.weight, weight)
+
+
+def test_a_finetuned_weight_has_the_codes_that_floor_and_its_offset_give(generator):
+    weight, spec = torch.randn(8, 30, generator=generator), QuantSpec(4, "affine", "out_channel")
+    quantizer = fitted(weight, spec)
+    codes = quantizer.codes(weight)
+    rounding = FloorRounding(weight, codes, quantizer)
+    moved = weight + 0.5 * torch.randn(weight.shape, generator=generator)
+    with torch.no_grad():
+        rounding.weight.copy_(moved)
+    steps = (moved / quantizer.scale).floor() - (weight / quantizer.scale).floor()
+    expected = (codes + steps).clamp(spec.lo, spec.hi)
+    assert torch.equal(rounding.codes(), expected) and (expected != codes).float().mean() > 0.3
+    torch.testing.assert_close(rounding(), quantizer.values(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_after_adaround_the_offset_is_0_or_1(generator):
+    weight = torch.randn(8, 30, generator=generator)
+    quantizer = fitted(weight, QuantSpec(4, "affine", "out_channel"))
+    rounding = FloorRounding(weight, SoftRounding(weight, quantizer).codes(), quantizer)
+    assert rounding.offset.unique().tolist() == [0, 1] and "offset" not in rounding.state_dict()
+
+
+def test_gradients_of_finetuning_reach_the_weight_and_not_its_source(generator):
+    weight = torch.randn(4, 5, generator=generator, requires_grad=True)
+    quantizer = fitted(weight.detach(), QuantSpec(4, axis="out_channel"))
+    rounding = FloorRounding(weight, quantizer.codes(weight.detach()), quantizer)
+    assert not rounding.weight.requires_grad  # until the stage says so
+    rounding.weight.requires_grad_()
+    rounding().square().sum().backward()
+    assert rounding.weight.grad.abs().max() > 0
     assert weight.grad is None and quantizer.scale.grad is None

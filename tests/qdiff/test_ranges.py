@@ -8,7 +8,8 @@ from hypothesis import given
 import qdiff.ranges
 from qdiff.arithmetic import dequantize, fake_quantize, quantize
 from qdiff.ranges import FINDERS, MinMax, Percentile, ShrinkSearch, ThetaSearch, grid_from_range, make_finder
-from qdiff.spec import KINDS, QuantSpec, RangeSpec
+from qdiff.spec import KINDS, QuantSpec
+from qdiff.stages import RangeSpec
 
 AFFINE8, MID8 = QuantSpec(8, "affine"), QuantSpec(8, "unsigned_mid")
 

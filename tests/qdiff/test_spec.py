@@ -1,29 +1,25 @@
 """Descriptions: what they refuse, and that recipes survive YAML."""
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 
 import pytest
 import yaml
 
 from qdiff.methods import METHODS, MethodOptions
-from qdiff.spec import (
-    AXES,
-    COMPAT,
-    KINDS,
+from qdiff.spec import AXES, COMPAT, KINDS, QuantSpec, Recipe, Rule, Selector, StepGroups
+from qdiff.stages import (
     RANGE_FINDERS,
     STAGES,
     ActivationRanges,
     Compensate,
+    CorrectBias,
+    Finetune,
     Learn,
     Loss,
-    QuantSpec,
     RangeSpec,
-    Recipe,
     Reconstruct,
+    Rollout,
     RoundingPenalty,
-    Rule,
-    Selector,
-    StepGroups,
     WeightRanges,
 )
 
@@ -54,15 +50,17 @@ EVERYTHING = Recipe(
     QuantSpec(6, "unsigned_mid", "in_channel"),
     QuantSpec(16, "unsigned"),
     True,
-    (Rule("conv_*", 8, 0), Rule("temb.*", act_bits=4)),
-    Selector("uniform", 7, 5),
-    StepGroups(4, "hold"),
+    (Rule("conv_*", 8, 0), Rule("temb.*", act_bits=4), Rule("role:time", one_set=True)),
+    Selector("density_variety", 7, 5, 0.25, 2.0, 32),
+    StepGroups(1, "hold", 4, 10),
     (
         WeightRanges(RangeSpec("theta", 50, 2.0)),
         Compensate(0.02, 100, 64, 8),
-        ActivationRanges(RangeSpec("percentile", None, 3.0, "ema", 0.9, "quantized", 64), RangeSpec(), "random", 32),
+        ActivationRanges(
+            RangeSpec("percentile", None, 3.0, "ema", 0.9, "quantized", 64, 500), RangeSpec(), "random", 32
+        ),
         Reconstruct(
-            {"rounding": Learn(0.5, "cosine"), "scale": Learn(1e-5), "bias": Learn(1e-3)},
+            {"rounding": Learn(0.5, "cosine"), "scale": Learn(1e-5, relative=True), "bias": Learn(1e-3)},
             11,
             3,
             "mixed",
@@ -71,7 +69,12 @@ EVERYTHING = Recipe(
             Loss(2.4, 0.8, "mean"),
             RoundingPenalty(0.1, 0.3, 10.0, 3.0),
             "better",
+            2.0,
         ),
+        CorrectBias(8),
+        Finetune(("role:attention", "mid.*"), {"scale": Learn(1e-4)}, "rest", 30, 4, 0.5, 1.0, "sequential", 3, 16),
+        Rollout({"scale": Learn(1e-4)}, 30, 4, 64, "unrolled", False, "quantized", keep="always"),
+        Rollout({"rounding": Learn(1e-2)}, 30, order="interleaved", penalty=RoundingPenalty(), sharpen=8.0),
     ),
     tuple(COMPAT),
 )
@@ -105,6 +108,8 @@ def test_recipes_of_every_method_survive_yaml(method, options):
 
 def test_every_field_survives_yaml(tmp_path):
     assert through_yaml(EVERYTHING) == EVERYTHING
+    grouped = replace(EVERYTHING, step_groups=StepGroups(4, "hold"))
+    assert through_yaml(grouped) == grouped
     (tmp_path / "recipe.yaml").write_text(EVERYTHING.to_yaml())
     assert Recipe.load(tmp_path / "recipe.yaml") == EVERYTHING
 
@@ -130,7 +135,7 @@ MISTAKES = {
     ),
     "stage": (
         changed(stages=[{"stage": "range"}]),
-        r"recipe.stages\[0\]: stage: expected one of weight_ranges, compensate, .*, correct_bias, found 'range'",
+        r"recipe.stages\[0\]: stage: expected one of weight_ranges, compensate, .*, finetune, rollout, found 'range'",
     ),
     "no-stage": (changed(stages=[{"iterations": 3}]), r"recipe.stages\[0\]: stage: expected one of .*found None"),
     "stage-field": (
@@ -160,7 +165,27 @@ MISTAKES = {
     "compat": (changed(compat=["b1"]), "recipe: compat option: expected one of raw_min_range, .*found 'b1'"),
     "selector": (
         changed(selector={"name": "tdac"}),
-        "recipe.selector: selector: expected one of uniform, found 'tdac'",
+        "recipe.selector: selector: expected one of uniform, density_variety, group_starts, found 'tdac'",
+    ),
+    "finetuned": (
+        changed(stages=[{"stage": "finetune", "learn": {"rounding": {"rate": 1.0}}}]),
+        r"recipe.stages\[0\]: finetuned parameter group: expected one of weight, scale, found 'rounding'",
+    ),
+    "finetuned-layers": (
+        changed(stages=[{"stage": "finetune", "layers": "role:time"}]),
+        r"recipe.stages\[0\].layers: expected a list, found 'role:time'",
+    ),
+    "rolled-out": (
+        changed(stages=[{"stage": "rollout", "learn": {"weight": {"rate": 1.0}}}]),
+        r"recipe.stages\[0\]: learned parameter group: expected one of rounding, scale, bias, found 'weight'",
+    ),
+    "role": (
+        changed(rules=[{"pattern": "role:first"}]),
+        r"recipe.rules\[0\]: role: expected one of input, output, time, .*found 'first'",
+    ),
+    "one-set": (
+        changed(rules=[{"pattern": "a", "one_set": 1}]),
+        r"recipe.rules\[0\].one_set: expected bool, found 1",
     ),
     "lookup": (
         changed(step_groups={"lookup": "next"}),
@@ -239,10 +264,17 @@ OUT_OF_BOUNDS = [
     (lambda: RangeSpec(momentum=1.5), "momentum: .*found 1.5"),
     (lambda: RangeSpec(batch_size=0), "batch_size: .*found 0"),
     (lambda: RangeSpec(candidates=0), "candidates: .*found 0"),
+    (lambda: RangeSpec(sample=0), "range sample: .*found 0"),
     (lambda: RangeSpec(p=0.0), "range p: .*found 0.0"),
     (lambda: Selector(steps=0), "--cali_st.*found 0"),
     (lambda: Selector(per_step=0), "--cali_n.*found 0"),
+    (lambda: Selector(radius=-1.0), "selector radius: .*found -1.0"),
+    (lambda: Selector(variety=-1.0), "selector variety: .*found -1.0"),
+    (lambda: Selector(features=0), "selector features: .*found 0"),
     (lambda: StepGroups(0), "step_groups count: .*found 0"),
+    (lambda: StepGroups(size=0), "step_groups size: .*found 0"),
+    (lambda: StepGroups(hold_every=0), "step_groups hold_every: .*found 0"),
+    (lambda: StepGroups(4, size=5), "expected count or size, found count 4 and size 5"),
     (lambda: Compensate(damping=0.0), "damping: .*found 0.0"),
     (lambda: Compensate(block=0), "block: .*found 0"),
     (lambda: Compensate(batch_size=0), "batch_size: .*found 0"),
@@ -259,6 +291,27 @@ OUT_OF_BOUNDS = [
     (lambda: RoundingPenalty(warmup=1.5), "warmup: .*found 1.5"),
     (lambda: RoundingPenalty(weight=-1.0), "penalty weight: .*found -1.0"),
     (lambda: RoundingPenalty(beta_end=0.0), "beta_end: .*found 0.0"),
+    (lambda: CorrectBias(0), "correct_bias batch_size: .*found 0"),
+    (lambda: Finetune(()), "finetune layers: expected at least one"),
+    (lambda: Finetune(("conv_in", "role:x")), "role: expected one of input, .*found 'x'"),
+    (lambda: Finetune(scales="some"), "finetune scales: expected one of layers, rest, all, found 'some'"),
+    (lambda: Finetune(order="random"), "finetune order: expected one of interleaved, sequential, found 'random'"),
+    (lambda: Finetune(iterations=0), "finetune iterations: .*found 0"),
+    (lambda: Finetune(batch_size=0), "finetune batch_size: .*found 0"),
+    (lambda: Finetune(iterations=5, rounds=6), "finetune rounds: expected a value from 1 to 5, found 6"),
+    (lambda: Finetune(local=-1.0), "finetune local: .*found -1.0"),
+    (lambda: Finetune(output=-1.0), "finetune output: .*found -1.0"),
+    (lambda: Finetune(per_step=0), "finetune per_step: .*found 0"),
+    (lambda: Rollout(iterations=0), "rollout iterations: .*found 0"),
+    (lambda: Rollout(batch_size=0), "rollout batch_size: .*found 0"),
+    (lambda: Rollout(samples=0), "rollout samples: .*found 0"),
+    (lambda: Rollout(gradient="full"), "rollout gradient: expected one of two_pass, exact, unrolled, found 'full'"),
+    (lambda: Rollout(start="noise"), "rollout start: expected one of float, quantized, found 'noise'"),
+    (lambda: Rollout(order="random"), "rollout order: expected one of sequential, interleaved, found 'random'"),
+    (lambda: Rollout(keep="best"), "rollout keep: expected one of always, better, found 'best'"),
+    (lambda: Rollout(sharpen=0.5), "rollout sharpen: .*found 0.5"),
+    (lambda: Rollout({"bias": Learn(1.0)}), "rollout learn: with order sequential only scale can be learned"),
+    (lambda: Rollout(start="quantized", order="interleaved"), "rollout start quantized: needs order sequential"),
 ]
 
 
@@ -274,6 +327,48 @@ def test_registries_are_what_the_error_messages_offer():
     assert KINDS and AXES and RANGE_FINDERS
     for name, kind in STAGES.items():
         assert Recipe.from_dict({"name": "x", "stages": [{"stage": name}]}).stages == (kind(),)
+
+
+def parts_of(value):
+    """The dataclasses in a recipe, itself among them."""
+    if is_dataclass(value):
+        yield value
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from parts_of(item)
+
+
+def test_the_example_has_every_stage_and_a_value_other_than_the_default_in_every_field():
+    """Otherwise a field that YAML loses would go unnoticed."""
+    changed = {}
+    for part in (*parts_of(EVERYTHING), StepGroups(4)):  # count and size exclude one another
+        for field in fields(part):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            differs = getattr(part, field.name) != default
+            changed.setdefault(type(part), {}).setdefault(field.name, []).append(differs)
+    assert changed.keys() >= set(STAGES.values())
+    assert {
+        (kind, name) for kind, names in changed.items() for name, differ in names.items() if not any(differ)
+    } == set()
+
+
+def test_samples_that_a_selector_takes():
+    assert Selector("uniform", 7, 5).seeds == Selector("group_starts", 7, 5).seeds == 5
+    assert Selector("density_variety", 7, 5).seeds == 35
+
+
+def test_step_groups_of_a_size_follow_from_the_steps():
+    assert [StepGroups(size=5).sets(steps) for steps in (1, 5, 6, 20, 21)] == [1, 1, 2, 4, 5]
+    assert [StepGroups(3).sets(steps) for steps in (3, 20)] == [3, 3]
+
+
+def test_a_rule_may_name_a_role_of_the_network():
+    roles = {"input": ("conv_in",), "output": ("conv_out",)}
+    recipe = Recipe("x", QuantSpec(4), QuantSpec(6), rules=(Rule("role:input", 8, 8), Rule("role:output", act_bits=0)))
+    assert recipe.layer_specs("conv_in", roles) == (QuantSpec(8), QuantSpec(8))
+    assert recipe.layer_specs("conv_out", roles) == (QuantSpec(4), None)
+    assert recipe.layer_specs("mid", roles) == recipe.layer_specs("conv_in") == (QuantSpec(4), QuantSpec(6))
 
 
 def test_later_rules_win_and_a_rule_says_nothing_of_what_it_leaves_out():

@@ -7,7 +7,8 @@ from hypothesis import given
 
 from qdiff.layers import act_quantizers, to_double
 from qdiff.quantizers import ActQuantizer
-from qdiff.spec import ActivationRanges, QuantSpec, RangeSpec, Recipe, StepGroups, WeightRanges
+from qdiff.spec import QuantSpec, Recipe, StepGroups
+from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
 from qdiff.steps import StepTable
 
 GROUPED = Recipe(
@@ -56,6 +57,59 @@ def test_twenty_steps_and_twenty_sets_use_all_twenty():
     assert table.groups_of(timesteps.flip(0)).tolist() == list(range(20))
 
 
+def test_held_for_ten_steps_only_two_of_twenty_sets_are_ever_used():
+    timesteps = torch.arange(950, -1, -50)
+    for lookup in ("nearest", "hold"):
+        held = StepTable(1000, StepGroups(20, lookup, hold_every=10), timesteps)
+        assert held.count == 20 and held.groups_of(torch.arange(1000)).unique().tolist() == [0, 10]
+        assert held.groups_of(timesteps).tolist() == [0] * 10 + [10] * 10
+        assert len(StepTable(1000, StepGroups(20, lookup), timesteps).groups_of(timesteps).unique()) == 20
+    by_size = StepTable(1000, StepGroups(size=1, hold_every=10), timesteps)
+    assert by_size.groups_of(timesteps).tolist() == [0] * 10 + [10] * 10
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.sampled_from(["nearest", "hold"]))
+def test_groups_of_a_size_are_full_but_for_the_last_one(steps, size, lookup):
+    timesteps = torch.arange(steps).flip(0) * 7 + 3
+    groups = StepGroups(size=size, lookup=lookup)
+    table = StepTable(300, groups, timesteps)
+    found = table.groups_of(timesteps)
+    assert table.count == groups.sets(steps) == found.max() + 1
+    assert found.tolist() == sorted(found.tolist())  # the noisiest steps come first
+    *full, last = found.bincount().tolist()
+    assert set(full) <= {size} and last == steps - size * len(full) <= size
+
+
+def test_between_the_steps_of_a_group_nearest_and_hold_look_up_as_between_groups_of_a_count():
+    timesteps, between = torch.tensor([900, 700, 500, 300, 100]), torch.tensor([999, 700, 650, 550, 500, 250, 150, 0])
+    nearest = StepTable(1000, StepGroups(size=2), timesteps)
+    assert nearest.groups_of(between).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    hold = StepTable(1000, StepGroups(size=2, lookup="hold"), timesteps)
+    assert hold.groups_of(between).tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+
+
+def test_groups_of_a_size_need_a_sampler_and_leave_one_set_where_they_are_longer_than_it():
+    with pytest.raises(ValueError, match="step_groups: groups of 5 steps need a sampler's timesteps, found none"):
+        StepTable(1000, StepGroups(size=5))
+    table = StepTable(1000, StepGroups(size=5), torch.tensor([900, 500, 100]))
+    table.select(torch.tensor([900, 100]))
+    assert table.count == 1 and table.index is None
+
+
+def test_a_table_knows_the_timesteps_that_it_was_made_for():
+    table = StepTable(1000, StepGroups(2), torch.tensor([900, 500, 100]))
+    assert table.known.tolist() == [900, 500, 100]
+    assert table.made_for(torch.tensor([100, 900, 500, 900])) and table.made_for(torch.tensor([900.0, 500.0, 100.0]))
+    for other in ([900, 500], [900, 500, 101], [900, 700, 500, 100], [900.0, 500.5, 100.0]):
+        assert not table.made_for(torch.tensor(other))
+
+
+def test_one_set_is_made_for_every_sampler():
+    timesteps = torch.tensor([900, 500, 100])
+    for table in (StepTable(1000, StepGroups()), StepTable(1000, StepGroups(size=3), timesteps)):
+        assert table.known is None and table.made_for(torch.tensor([5, 3]))
+
+
 def test_the_noisiest_steps_are_in_set_0_whatever_the_order_they_are_given_in():
     shuffled = torch.tensor([300, 900, 0, 600])
     assert StepTable(1000, StepGroups(2), shuffled).groups_of(shuffled).tolist() == [1, 0, 1, 0]
@@ -76,7 +130,7 @@ def test_fractional_and_outlying_timesteps_take_the_nearest_whole_one():
 
 @pytest.mark.parametrize(
     ("timesteps", "found"),
-    [(None, "no sampler"), (torch.tensor([5, 3]), "2 timesteps"), (torch.tensor([5, 3, 5, 3]), "2 timesteps")],
+    [(None, "no sampler"), (torch.tensor([5, 3]), "2 timesteps"), (torch.tensor([5, 5]), "2 timesteps")],
     ids=["unknown", "too-few", "repeated"],
 )
 def test_more_sets_than_timesteps_are_refused(timesteps, found):
@@ -84,10 +138,42 @@ def test_more_sets_than_timesteps_are_refused(timesteps, found):
         StepTable(1000, StepGroups(3), timesteps)
 
 
+@pytest.mark.parametrize("lookup", ["nearest", "hold"])
+def test_a_timestep_that_a_sampler_visits_twice_is_in_the_group_of_its_first_visit(lookup):
+    """PLMS and quadratic spacing repeat timesteps; groups are of visits."""
+    visited = torch.tensor([900, 600, 600, 300, 0, 0])
+    for groups in (StepGroups(3, lookup), StepGroups(size=2, lookup=lookup)):
+        table = StepTable(1000, groups, visited)
+        assert table.groups_of(visited).tolist() == [0, 0, 0, 1, 2, 2] and table.reachable() == [0, 1, 2]
+    table = StepTable(1000, StepGroups(6, lookup), visited)
+    assert table.groups_of(visited).tolist() == [0, 1, 1, 3, 4, 4] and table.reachable() == [0, 1, 3, 4]
+
+
+def test_sets_that_are_never_used_are_not_reachable():
+    timesteps = torch.arange(950, -1, -50)
+    assert StepTable(1000, StepGroups(20, hold_every=10), timesteps).reachable() == [0, 10]
+    assert StepTable(1000, StepGroups(20), timesteps).reachable() == list(range(20))
+    assert StepTable(1000, StepGroups()).reachable() == [0]
+
+
 def test_one_set_looks_nothing_up():
     table = StepTable(1000, StepGroups())
     table.select(torch.tensor([3, 900]))
     assert table.index is None
+
+
+def test_a_batch_of_one_set_has_a_single_index_and_the_numbers_of_one_per_sample():
+    table = StepTable(1000, StepGroups(2), torch.tensor([900, 100]))
+    table.select(torch.tensor([100, 49, 300, 0]))
+    assert table.index.tolist() == [1]
+    quantizer, x = ActQuantizer(QuantSpec(4), table), torch.linspace(-1, 1, 24).view(4, 2, 3)
+    for group, scale in enumerate((0.1, 0.3)):
+        quantizer.set_grid(torch.tensor(scale), torch.tensor(7.0), group)
+    single = quantizer(x)
+    table.index = torch.tensor([1, 1, 1, 1])
+    assert torch.equal(single, quantizer(x)) and single.unique().numel() > 3
+    table.select(torch.tensor([100, 900]))
+    assert table.index.tolist() == [1, 0]
 
 
 def test_a_choice_of_timesteps_ends_with_its_block_also_on_error():

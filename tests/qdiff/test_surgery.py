@@ -138,6 +138,38 @@ def test_a_network_with_grouped_convolutions_is_refused(network, adapter):
         insert_quantizers(network, W4A8, adapter)
 
 
+def test_rules_of_roles_speak_of_the_layers_that_have_them_in_every_family(
+    network, adapter, make_latent, latent_adapter
+):
+    rules = (Rule("role:input", 8, 8), Rule("role:output", 8), Rule("role:time", act_bits=0))
+    for float_network, family in ((network, adapter), (make_latent("plain"), latent_adapter)):
+        roles = family.roles(float_network)
+        insert_quantizers(float_network, Recipe("roles", W4, QuantSpec(6), rules=rules), family)
+        for name, found in bits_of(float_network).items():
+            expected = (8, 8) if name in roles["input"] else (8, 6) if name in roles["output"] else (4, 6)
+            assert found == ((4, None) if name in roles["time"] else expected), name
+
+
+def test_a_role_without_layers_is_an_error_like_any_rule_that_matches_nothing(network, adapter):
+    with pytest.raises(ValueError, match="rule 'role:feed_forward' matches no layer of the network"):
+        insert_quantizers(network, Recipe("x", W4, rules=(Rule("role:feed_forward", 8),)), adapter)
+
+
+def test_layers_with_one_set_have_it_while_others_have_one_per_group(wide_network, adapter, timesteps, states):
+    recipe = Recipe("time", W4, A8S, step_groups=StepGroups(size=4), rules=(Rule("role:time", one_set=True),))
+    time = adapter.roles(wide_network)["time"]
+    insert_quantizers(wide_network, recipe, adapter, timesteps)
+    for name, layer in quant_layers(wide_network).items():
+        assert {q.scale.shape[0] for q in layer.act_quantizers} == {1 if name in time else 3}, name
+        assert {q.steps is wide_network.step_table for q in layer.act_quantizers} == {name not in time}
+    for quantizer in act_quantizers(wide_network).values():
+        quantizer.set_grid(torch.tensor(0.05), torch.tensor(0.0))
+    mixed = wide_network(states.x, states.t)  # its batch has all groups
+    alone = torch.cat([wide_network(x[None], t[None]) for x, t in zip(states.x, states.t, strict=True)])
+    # A tie may round the other way in a batch of another size.
+    assert relative(mixed, alone) < 0.02
+
+
 # Softmax outputs
 
 

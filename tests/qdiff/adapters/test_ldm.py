@@ -144,9 +144,9 @@ def test_the_middle_attention_sees_the_deepest_map(make_latent, latent_adapter, 
 
 def test_time_layers_see_the_time_embedding_alone(make_latent, latent_adapter, latent_states, form):
     network, data = make_latent(form), latent_states(form)
-    found = latent_adapter.time_layers(network)
+    found = latent_adapter.roles(network)["time"]
     linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and "emb_layers" in name]
-    assert found == linear and "input_blocks.1.0.emb_layers.1" in found
+    assert list(found) == linear and "input_blocks.1.0.emb_layers.1" in found
     inputs = {}
     for name in found:
         network.get_submodule(name).register_forward_pre_hook(lambda _, a, name=name: inputs.update({name: a[0]}))

@@ -13,7 +13,8 @@ from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.runner import calibrate
 from qdiff.layers import QUANT_LAYERS, quant_layers
 from qdiff.ranges import grid_from_range
-from qdiff.spec import Compensate, QuantSpec, RangeSpec, Recipe, Rule, StepGroups, WeightRanges
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import Compensate, RangeSpec, WeightRanges
 from qdiff.steps import StepTable
 
 STEPS = StepTable(1000, StepGroups())

@@ -13,16 +13,8 @@ from qdiff.calibration.run import RUN_BATCH
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.store import Column, MemoryLimits, Store, map_leaves
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import (
-    ActivationRanges,
-    CorrectBias,
-    QuantSpec,
-    RangeSpec,
-    Recipe,
-    Reconstruct,
-    StepGroups,
-    WeightRanges,
-)
+from qdiff.spec import QuantSpec, Recipe, StepGroups
+from qdiff.stages import ActivationRanges, CorrectBias, RangeSpec, Reconstruct, WeightRanges
 
 BATCH = 5
 GROUPED = Recipe(

@@ -10,7 +10,8 @@ from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import METHODS, MethodOptions, make_recipe
-from qdiff.spec import ActivationRanges, CorrectBias, Learn, QuantSpec, RangeSpec, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import QuantSpec, Recipe
+from qdiff.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 
 FORMS = ["plain", "transformer", "labels"]
 NARROW = {"model_channels": 32}

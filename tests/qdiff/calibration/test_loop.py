@@ -13,7 +13,8 @@ from qdiff.calibration.loop import UnitData, minibatches, optimise, parameter_gr
 from qdiff.layers import QUANT_LAYERS, act_quantizers, quant_layers
 from qdiff.quantizers import MIN_SCALE, ActQuantizer
 from qdiff.ranges import grid_from_range
-from qdiff.spec import Learn, Loss, QuantSpec, Reconstruct, RoundingPenalty, StepGroups
+from qdiff.spec import QuantSpec, StepGroups
+from qdiff.stages import Learn, Loss, Reconstruct, RoundingPenalty
 from qdiff.steps import StepTable
 
 STEPS = StepTable(1000, StepGroups())

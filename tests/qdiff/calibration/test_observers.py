@@ -7,7 +7,8 @@ from qdiff.calibration import observers
 from qdiff.calibration.observers import RangeObserver, value_rows
 from qdiff.quantizers import ActQuantizer
 from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import QuantSpec, RangeSpec, StepGroups
+from qdiff.spec import QuantSpec, StepGroups
+from qdiff.stages import RangeSpec
 from qdiff.steps import StepTable
 
 AFFINE8 = QuantSpec(8)

@@ -11,7 +11,8 @@ from qdiff.calibration.runner import RunOptions, calibrate
 from qdiff.calibration.store import MemoryLimits
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import Learn, QuantSpec, RangeSpec, Recipe, Reconstruct, WeightRanges
+from qdiff.spec import QuantSpec, Recipe
+from qdiff.stages import Learn, RangeSpec, Reconstruct, WeightRanges
 
 FEW = {"iterations": 4, "act_iterations": 4, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
 CASES = [(method, family) for family in ("ddim", "ldm") for method in ("quick", "q-diffusion")]

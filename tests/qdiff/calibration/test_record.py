@@ -18,18 +18,8 @@ from safetensors.torch import save_file
 from qdiff.calibration.record import PLAN, Record, differences, put_state, read_plan, state_of
 from qdiff.calibration.runner import calibrate
 from qdiff.layers import act_quantizers, quant_layers
-from qdiff.spec import (
-    ActivationRanges,
-    CorrectBias,
-    Learn,
-    QuantSpec,
-    RangeSpec,
-    Recipe,
-    Reconstruct,
-    Rule,
-    StepGroups,
-    WeightRanges,
-)
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 from qdiff.surgery import insert_quantizers
 
 LEARNED = Reconstruct({"rounding": Learn(0.3), "bias": Learn(0.01)}, iterations=2, batch_size=8, keep="better")

@@ -16,7 +16,7 @@ from qdiff.calibration.runner import Progress, RunOptions, calibrate
 from qdiff.calibration.store import MemoryLimits
 from qdiff.checkpoints import save_checkpoint
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
+from qdiff.stages import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
 
 FEW = {"iterations": 3, "act_iterations": 3, "batch_size": 4, "weight_range": "minmax", "act_range": "minmax"}
 OPTIONS = {

@@ -16,19 +16,16 @@ from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range
 from qdiff.seeds import generator_of
-from qdiff.spec import (
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import (
     ActivationRanges,
     Compensate,
     CorrectBias,
     Learn,
     Loss,
-    QuantSpec,
     RangeSpec,
-    Recipe,
     Reconstruct,
     RoundingPenalty,
-    Rule,
-    StepGroups,
     WeightRanges,
 )
 

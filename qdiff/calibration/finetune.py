@@ -1,0 +1,192 @@
+"""The stage that finetunes some layers' weights on their frozen grids, the whole network quantized (QuEST)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.adam import Adam, AdamGroup
+from qdiff.calibration.capture import recording_outputs
+from qdiff.calibration.loop import learning, minibatches, products_context, rate_table
+from qdiff.calibration.run import RUN_BATCH, Calibration, UnitReport
+from qdiff.calibration.selectors import CalibrationSet
+from qdiff.calibration.snapshots import Snapshots
+from qdiff.calibration.store import Column
+from qdiff.layers import act_quantizers, learnable_scales, quant_layers
+from qdiff.names import matching
+from qdiff.parallel import Team
+from qdiff.quantizers import MIN_SCALE, ActQuantizer
+from qdiff.stages import Finetune
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(run: Calibration, stage: Finetune, number: int = 0) -> None:
+    """Learn the weights and scales that the stage names, as one piece of work with snapshots.
+
+    Raises ValueError where no quantized layer has one of the names.
+    """
+    notes = run.restore(number)
+    if notes is None:
+        work = _Finetuning(run, stage, number)
+        notes = run.keep(number, modules=[""], bases=list(work.tuned), notes=work.learn())
+    report = UnitReport(**notes | {"losses": tuple(map(tuple, notes["losses"]))})
+    run.reports.append(report)
+    run.progress.unit(report, 1, 1)
+
+
+class _Finetuning:
+    """One `Finetune` stage: what learns, what it learns from, and the work."""
+
+    def __init__(self, run: Calibration, stage: Finetune, number: int) -> None:
+        self.run, self.stage, self.number = run, stage, number
+        self.roles = run.adapter.roles(run.network)
+        layers = quant_layers(run.network)
+        self.layers = {name: layers[name] for name in matching(stage.layers, layers, self.roles)}
+        if not self.layers:
+            raise ValueError(f"finetune layers: {', '.join(stage.layers)} match no layer of the network")
+        learns_weights = "weight" in stage.learn
+        self.tuned = {n: m for n, m in self.layers.items() if m.weight_quantizers and learns_weights}
+        self.data = _fewer(run.data, stage.per_step).to(next(run.network.parameters()))
+        self.teacher = _Teacher(run, self.data, list(self.layers))
+        self.losses: list[tuple[int, float]] = []
+
+    def learn(self) -> dict:
+        """Carry the stage out; its report as plain data."""
+        run, stage, started = self.run, self.stage, time.monotonic()
+        before = self._output_error()
+        groups = self._groups()
+        indices = list(self._indices())
+        run.progress.start(f"finetuning {len(self.tuned)} layers", stage.iterations)
+        self.adam = Adam(
+            [
+                AdamGroup(p, rate_table(learn, stage.iterations), learn.relative, name == "scale")
+                for name, p in groups.items()
+                for learn in [stage.learn[name]]
+            ]
+        )
+        snapshots = Snapshots(run, self.number, self.adam.state, stage.iterations)
+        self.losses = snapshots.restore()
+        run.progress.advance(snapshots.done)
+        every = max(1, stage.iterations // 100)
+        with learning(groups):
+            for iteration in range(snapshots.done, stage.iterations):
+                loss = self._iterate(iteration, indices[iteration], groups)
+                if iteration % every == 0 or iteration == stage.iterations - 1:
+                    self.losses.append((iteration, loss.item()))
+                snapshots.after(iteration, self.losses)
+                run.progress.advance(note=f"loss {self.losses[-1][1]:.3g}")
+        for name, layer in self.tuned.items():
+            run.bases[name] = torch.cat([r.weight.detach() for r in layer.rounding], 1)
+            layer.finish_rounding()
+        run.progress.finish()
+        after, seconds = self._output_error(), time.monotonic() - started
+        logger.info("finetuning: output error %.4g -> %.4g, %.1f s", before, after, seconds)
+        losses = tuple(self.losses)
+        return asdict(UnitReport(self.number, "network", before, after, True, seconds, stage.iterations, losses))
+
+    def _groups(self) -> dict[str, list[nn.Parameter]]:
+        """The learned parameters: weights with biases, and scales."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        if self.tuned:
+            weights = [w for n, layer in self.tuned.items() for w in layer.start_finetuning(self.run.bases[n])]
+            groups["weight"] = weights + [layer.bias for layer in self.tuned.values() if layer.bias is not None]
+        if "scale" in self.stage.learn:
+            groups["scale"] = learnable_scales(self._quantizers())
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def _quantizers(self) -> list[ActQuantizer]:
+        """The activation quantizers that `scales` chooses."""
+        every = act_quantizers(self.run.network)
+        of_layers = {q for layer in self.layers.values() for q in layer.act_quantizers}
+        time_layers = map(self.run.network.get_submodule, self.roles["time"])
+        of_time = {q for layer in time_layers for q in act_quantizers(layer).values()}
+        fits = {"all": lambda q: True, "rest": lambda q: q not in of_time, "layers": lambda q: q in of_layers}
+        return [q for q in every.values() if fits[self.stage.scales](q)]
+
+    def _indices(self) -> Iterator[Tensor]:
+        """The minibatch of every iteration."""
+        stage, generator = self.stage, self.run.generator(self.number)
+        if stage.order == "interleaved":
+            yield from minibatches(len(self.data), stage.batch_size, stage.iterations, generator)
+            return
+        steps = self.data.step.unique()  # noisiest first
+        turns = [step for _ in range(stage.rounds) for step in steps]
+        for turn, step in enumerate(turns):
+            first, last = (stage.iterations * k // len(turns) for k in (turn, turn + 1))
+            states = (self.data.step == step).nonzero()[:, 0]
+            for batch in minibatches(len(states), stage.batch_size, last - first, generator):
+                yield states[batch]
+
+    def _iterate(self, iteration: int, index: Tensor, groups: dict[str, list[nn.Parameter]]) -> Tensor:
+        team = self.run.options.team
+        team = Team() if len(index) < team.size else team  # without a state for each, all do all of it
+        mine = team.share(index)
+        self.adam.zero_grad()
+        loss = self._loss(mine) * (len(mine) / len(index))
+        loss.backward()
+        loss = loss.detach()
+        team.sum([loss, *self.adam.gradients()])
+        self.adam.step(torch.tensor([iteration], device=self.data.x.device))
+        for scale in groups.get("scale", []):
+            scale.data.clamp_min_(MIN_SCALE)
+        return loss
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """local * sum over layers of MSE + output * MSE of the network's output."""
+        run, batch = self.run, self.data.subset(index)
+        device = self.data.x.device
+        with products_context(run.options.products, device), recording_outputs(self.layers.values()) as taps:
+            output = run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
+        rows = index.to(device)
+        *aims, aim = self.teacher.of(rows)
+        total = self.stage.output * (output.to(aim.dtype) - aim).square().mean()
+        for tap, target in zip(taps, aims, strict=True):
+            total = total + self.stage.local * (tap.to(target.dtype) - target).square().mean()
+        return total
+
+    @torch.no_grad()
+    def _output_error(self) -> float:
+        """Mean squared error of the network's output over all states."""
+        run, total = self.run, 0.0
+        for rows in torch.arange(len(self.data)).split(RUN_BATCH):
+            batch = self.data.subset(rows)
+            output = run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
+            aim = self.teacher.columns[-1][rows]
+            total += (output - aim).square().mean().item() * len(rows)
+        return total / len(self.data)
+
+
+class _Teacher:
+    """The float network's activations for all states: the chosen layers' outputs and the network's own, in the run's
+    store, whose memory limits they keep to."""
+
+    def __init__(self, run: Calibration, data: CalibrationSet, layers: list[str]) -> None:
+        network = run.float_network
+        self.columns: list[Column] = []
+        modules = [network.get_submodule(name) for name in layers]
+        for rows in torch.arange(len(data)).split(RUN_BATCH):
+            batch = data.subset(rows)
+            with torch.no_grad(), recording_outputs(modules) as taps:
+                output = network(batch.x, batch.t, **run.adapter.conditioning(network, batch.context))
+            for i, values in enumerate([*taps, output]):
+                if len(self.columns) <= i:
+                    self.columns.append(run.store.column(len(data), values))
+                self.columns[i][slice(int(rows[0]), int(rows[-1]) + 1)] = values
+
+    def of(self, rows: Tensor) -> list[Tensor]:
+        """The activations of some states, in the order of the calls, the network's output last."""
+        return [column[rows] for column in self.columns]
+
+
+def _fewer(data: CalibrationSet, per_step: int | None) -> CalibrationSet:
+    """The first `per_step` states of each step, or all."""
+    if per_step is None:
+        return data
+    kept = [(data.step == step).nonzero()[:per_step, 0] for step in data.step.unique()]
+    return data.subset(torch.cat(kept).sort().values)

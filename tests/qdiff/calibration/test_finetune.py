@@ -1,0 +1,215 @@
+"""Finetuning of weights on frozen grids: what learns, what stays, from what, and that a killed run goes on."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qdiff.calibration.finetune import _fewer, _Finetuning
+from qdiff.calibration.runner import Progress, RunOptions, calibrate
+from qdiff.calibration.store import MemoryLimits
+from qdiff.layers import act_quantizers, quant_layers
+from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.stages import ActivationRanges, Compensate, Finetune, Learn, RangeSpec, WeightRanges
+
+GRID, ACTS = QuantSpec(4, "affine", "out_channel"), QuantSpec(4)
+RANGES = (WeightRanges(RangeSpec("minmax")), ActivationRanges(RangeSpec("minmax")))
+FAST = {"weight": Learn(1e-3), "scale": Learn(1e-3)}
+
+
+def recipe(*stages, **fields):
+    return Recipe("toy", GRID, ACTS, QuantSpec(8, "unsigned"), stages=(*RANGES, *stages), **fields)
+
+
+@pytest.fixture
+def tuned(wide_network, adapter, states, timesteps):
+    """(stages, fields of the recipe) -> the calibration before them and after."""
+
+    def make(*stages, options=None, progress=None, **fields):
+        arguments = (wide_network, adapter)
+        before = calibrate(*arguments, recipe(**fields), states, 0, timesteps)
+        after = calibrate(
+            *arguments, recipe(*stages, **fields), states, 0, timesteps, progress=progress, options=options
+        )
+        return before, after
+
+    return make
+
+
+def time_layers(run):
+    return set(run.adapter.roles(run.network)["time"])
+
+
+def changed_layers(before, after):
+    """Names of layers whose codes or biases differ."""
+    theirs = quant_layers(before.network)
+    return {
+        name
+        for name, layer in quant_layers(after.network).items()
+        if not (torch.equal(layer.codes, theirs[name].codes) and torch.equal(layer.bias, theirs[name].bias))
+    }
+
+
+def changed_scales(before, after):
+    theirs = act_quantizers(before.network)
+    return {n for n, q in act_quantizers(after.network).items() if not torch.equal(q.scale, theirs[n].scale)}
+
+
+def test_only_the_named_layers_and_their_scales_move(tuned):
+    before, after = tuned(Finetune(("role:time",), FAST, iterations=30))
+    layers = time_layers(after)
+    assert changed_layers(before, after) == layers
+    assert changed_scales(before, after) == {f"{name}.act_quantizer" for name in layers}
+    for name, layer in quant_layers(after.network).items():
+        for mine, theirs in zip(
+            layer.weight_quantizers, quant_layers(before.network)[name].weight_quantizers, strict=True
+        ):
+            assert torch.equal(mine.scale, theirs.scale) and torch.equal(mine.zero_point, theirs.zero_point)
+        assert layer.frozen and layer.rounding is None
+
+
+def test_the_error_falls(tuned):
+    _, after = tuned(Finetune(("mid.*", "up.*"), FAST, scales="all", iterations=60))
+    (report,) = after.reports
+    assert report.after < 0.8 * report.before
+    assert report.losses[-1][0] == 59 and report.kept
+
+
+@pytest.mark.parametrize("scales", ["layers", "rest", "all"])
+def test_which_scales_move(tuned, scales):
+    before, after = tuned(Finetune(("mid.attn_1.q",), {"scale": Learn(1e-3)}, scales=scales, iterations=3))
+    every = set(act_quantizers(after.network))
+    of_time = {f"{name}.act_quantizer" for name in time_layers(after)}
+    expected = {"layers": {"mid.attn_1.q.act_quantizer"}, "rest": every - of_time, "all": every}[scales]
+    assert changed_scales(before, after) == expected and not changed_layers(before, after)
+
+
+def test_of_several_sets_those_of_the_batch_move_alone(tuned):
+    """One state of the first step and one of the last: no momentum reaches the sets between."""
+    stage = Finetune(("role:time",), {"scale": Learn(1e-3)}, "all", iterations=20, order="sequential", per_step=1)
+    before, after = tuned(replace(stage, iterations=2, rounds=1), step_groups=StepGroups(10))
+    moved = {}
+    for name, quantizer in act_quantizers(after.network).items():
+        difference = quantizer.scale != before.network.get_submodule(name).scale
+        moved[name] = difference.nonzero().flatten().tolist()
+    assert all(set(groups) <= {4, 9} for groups in moved.values()), moved  # 2 iterations for 10 turns: the 5th and 10th
+    assert any(groups == [4, 9] for groups in moved.values())
+
+
+def test_a_layer_with_one_set_for_all_steps(tuned):
+    fields = {"step_groups": StepGroups(5), "rules": (Rule("role:time", one_set=True),)}
+    _, after = tuned(Finetune(("role:time",), FAST, iterations=3), **fields)
+    layers = time_layers(after)
+    for name, quantizer in act_quantizers(after.network).items():
+        assert len(quantizer.scale) == (1 if name.rsplit(".", 1)[0] in layers else 5)
+
+
+def test_sequential_order_gives_each_step_its_share(tuned):
+    _, run = tuned(Finetune(("role:time",), iterations=1))
+    stage = Finetune(("role:time",), iterations=40, batch_size=2, order="sequential", rounds=2)
+    work = _Finetuning(run, stage, 2)
+    steps = [set(work.data.step[index].tolist()) for index in work._indices()]
+    assert steps == [{step} for _ in range(2) for step in range(10) for _ in range(2)]
+
+
+def test_interleaved_batches_mix_steps(tuned):
+    _, run = tuned(Finetune(("role:time",), iterations=1))
+    work = _Finetuning(run, Finetune(("role:time",), iterations=40, batch_size=8), 2)
+    found = [work.data.step[index] for index in work._indices()]
+    assert len(found) == 40 and all(len(set(steps.tolist())) > 1 for steps in found)
+
+
+def test_fewer_states_of_each_step(states):
+    kept = _fewer(states, 1)
+    assert kept.step.tolist() == list(range(10)) and torch.equal(kept.x, states.x[::2])
+    assert _fewer(states, None) is states
+
+
+def test_it_starts_from_the_codes_there_are_after_compensation(tuned, wide_network, adapter, states, timesteps):
+    """Codes may be several steps from the float weight; a rate of 0 changes none."""
+    still = Finetune(("*",), {"weight": Learn(0.0)}, iterations=2)
+    with_compensation = replace(recipe(), stages=(RANGES[0], Compensate(rows=50), RANGES[1]))
+    before = calibrate(wide_network, adapter, with_compensation, states, 0, timesteps)
+    finetuned = replace(with_compensation, stages=(*with_compensation.stages, still))
+    after = calibrate(wide_network, adapter, finetuned, states, 0, timesteps)
+    assert not changed_layers(before, after)
+
+
+def test_the_base_of_later_stages_is_the_tuned_weight(tuned):
+    _, run = tuned(Finetune(("role:time",), FAST, iterations=30))
+    for name in time_layers(run):
+        layer = run.network.get_submodule(name)
+        assert not torch.equal(run.bases[name], run.float_network.get_submodule(name).weight)
+        assert (layer.nearest_codes(run.bases[name]) - layer.codes).abs().max() <= 1
+
+
+def test_losses_are_local_and_global(wide_network, adapter, states, timesteps):
+    """The loss of one batch, computed with hooks of our own."""
+    run = calibrate(wide_network, adapter, recipe(), states, 0, timesteps)
+    stage = Finetune(("role:time",), local=3.0, output=0.5, iterations=1)
+    work, index = _Finetuning(run, stage, 2), torch.tensor([3, 7, 12])
+    total, seen = 0.0, {}
+    for network, key in ((run.float_network, "aim"), (run.network, "found")):
+        handles = [
+            network.get_submodule(name).register_forward_hook(
+                lambda m, a, out, name=name, key=key: seen.setdefault((name, key), out)
+            )
+            for name in time_layers(run)
+        ]
+        seen["output", key] = network(states.x[index], states.t[index])
+        for handle in handles:
+            handle.remove()
+    for name in (*time_layers(run), "output"):
+        weight = 0.5 if name == "output" else 3.0
+        total = total + weight * (seen[name, "found"] - seen[name, "aim"]).square().mean()
+    torch.testing.assert_close(work._loss(index), total, rtol=1e-5, atol=0)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Dying(Progress):
+    """Ends everything after some iterations."""
+
+    def __init__(self, iterations):
+        self.left = iterations
+
+    def advance(self, amount=1, note=""):
+        self.left -= note.startswith("loss")
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize("killed_after", [1, 13, 30])
+def test_a_killed_run_goes_on_to_the_same_result(tuned, tmp_path, assert_same_numbers, killed_after):
+    stage = Finetune(("role:time", "mid.*"), FAST, "all", iterations=30, batch_size=4)
+    fields = {"step_groups": StepGroups(2)}
+    _, whole = tuned(stage, **fields)
+    options = RunOptions(record=tmp_path / "record", memory=MemoryLimits(host=10**5), scratch=tmp_path)
+    with pytest.raises(Killed):
+        tuned(stage, options=options, progress=Dying(killed_after), **fields)
+    _, again = tuned(stage, options=options, **fields)
+    assert_same_numbers(again.network, whole.network)
+    assert [r.losses for r in again.reports] == [r.losses for r in whole.reports]
+    assert len(list((tmp_path / "record").glob("*.safetensors"))) == 4  # three stages, the snapshot once
+
+
+def test_conditional_networks(make_latent, latent_adapter, latent_states, timesteps):
+    network, data = make_latent("transformer", model_channels=32), latent_states("transformer")
+    stage = Finetune(("role:attention", "role:feed_forward"), FAST, "rest", iterations=40)
+    run = calibrate(network, latent_adapter, recipe(stage), data, 0, timesteps)
+    assert run.reports[0].after < run.reports[0].before
+
+
+def test_no_layer_of_that_name(wide_network, adapter, states, timesteps):
+    with pytest.raises(ValueError, match="finetune layers: down.9.*, role:feed_forward match no layer"):
+        wrong = Finetune(("down.9.*", "role:feed_forward"), iterations=1)
+        calibrate(wide_network, adapter, recipe(wrong), states, 0, timesteps)
+
+
+def test_the_float_network_stays_as_it_is(tuned, wide_network):
+    before = copy.deepcopy(wide_network.state_dict())
+    tuned(Finetune(("*",), FAST, "all", iterations=3))
+    assert all(torch.equal(before[key], value) for key, value in wide_network.state_dict().items())
