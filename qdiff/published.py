@@ -282,7 +282,8 @@ def _require_expressible(network: nn.Module, recipe: Recipe) -> None:
     if recipe.activations is None:
         return
     _require_one_width("activation", {n: m.act_quantizers for n, m in layers.items()}, recipe.activations.bits)
-    if recipe.step_groups.count > 1 or recipe.activations.axis != "tensor":
+    sets = max(quantizer.steps.count for quantizer in act_quantizers(network).values())
+    if sets > 1 or recipe.activations.axis != "tensor":
         raise ValueError("ckpt.pth holds one activation scale per tensor, found scales per step group or channel")
     if recipe.activations.kind in ("unsigned", "unsigned_mid"):
         raise ValueError(f"ckpt.pth holds signed or affine activations, found {recipe.activations.kind}")

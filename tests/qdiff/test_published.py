@@ -357,6 +357,7 @@ INEXPRESSIBLE = [
     (replace(W4A8, name="mixed-acts", rules=(Rule("conv_*", act_bits=6),)), "one activation .* conv_in has 6 bits"),
     (replace(W4A8, name="float-input", rules=(Rule("conv_out", act_bits=0),)), "one activation .* conv_out has float"),
     (replace(W4A8, name="groups", step_groups=StepGroups(3)), "one activation scale per tensor"),
+    (replace(W4A8, name="group size", step_groups=StepGroups(size=4)), "one activation scale per tensor"),
     (replace(W4A8, name="channels", activations=QuantSpec(8, axis="in_channel")), "one activation scale per tensor"),
     (replace(W4A8, name="mid", activations=QuantSpec(8, "unsigned_mid")), "signed or affine.*unsigned_mid"),
 ]

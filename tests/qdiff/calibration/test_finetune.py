@@ -182,7 +182,7 @@ class Dying(Progress):
             raise Killed
 
 
-@pytest.mark.parametrize("killed_after", [1, 13, 30])
+@pytest.mark.parametrize("killed_after", [1, 13])
 def test_a_killed_run_goes_on_to_the_same_result(tuned, tmp_path, assert_same_numbers, killed_after):
     stage = Finetune(("role:time", "mid.*"), FAST, "all", iterations=30, batch_size=4)
     fields = {"step_groups": StepGroups(2)}

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldm.pipeline import Conditioning, Pipeline
+from ldm.schedules import beta_schedule
 from qdiff.calibration.frontier import Frontier
+from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.runner import calibrate
-from qdiff.calibration.selectors import CalibrationSet
+from qdiff.calibration.selectors import CalibrationSet, select
+from qdiff.calibration.trajectories import Recorder
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import METHODS, MethodOptions, make_recipe
 from qdiff.spec import QuantSpec, Recipe
@@ -17,7 +21,8 @@ FORMS = ["plain", "transformer", "labels"]
 NARROW = {"model_channels": 32}
 FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 8}
 W4 = MethodOptions(weight_bits=4, family="latent", **FEW)
-W4A8 = replace(W4, act_bits=8, split=True)
+W4A8 = replace(W4, act_bits=8, split=True, selector_steps=10)  # all that there are: QuEST has a set for each
+BETAS = beta_schedule("linear", 1000, 0.0015, 0.0195)
 WEIGHTS, ACTS = WeightRanges(RangeSpec()), ActivationRanges(RangeSpec())
 BASE = Recipe("base", QuantSpec(4, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=(WEIGHTS, ACTS))
 
@@ -50,7 +55,7 @@ def units_of(adapter, network):
 @pytest.mark.parametrize(
     ("method", "form", "options"),
     [
-        *((method, "transformer", W4A8) for method in METHODS),
+        *((method, "transformer", W4A8) for method in METHODS if method != "accuquant"),
         ("gptq", "plain", W4A8),
         ("q-diffusion", "labels", W4A8),
         ("quick", "transformer", W4),
@@ -63,16 +68,40 @@ def test_every_method_calibrates_every_layer(
 ):
     network = quantized_latent(make_recipe(method, options), form, **NARROW)
     plain, data = make_latent(form, **NARROW), latent_states(form)
+    assert_calibrated(network, plain, latent_adapter, options)
+    assert 0.01 < relative(network, plain, data) < 0.5
+
+
+def assert_calibrated(network, plain, adapter, options):
+    """Every layer, split and attention operand has its grid, and nothing is left to learn."""
     assert all(layer.frozen for layer in quant_layers(network).values())
     layers = [n for n, m in plain.named_modules() if isinstance(m, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Linear))]
     assert list(quant_layers(network)) == layers
     quantizers = act_quantizers(network)
     assert all(q.enabled and q.scale.isfinite().all() for q in quantizers.values())
-    split = len(latent_adapter.split_boundaries(plain)) if options.split else 0
-    products = len(latent_adapter.attention_products(plain))
+    split = len(adapter.split_boundaries(plain)) if options.split else 0
+    products = len(adapter.attention_products(plain))
     assert len(quantizers) == (len(layers) + split + 4 * products if options.act_bits else 0)
-    assert 0.01 < relative(network, plain, data) < 0.5
     assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("form", ["transformer", "labels"])
+def test_accuquant_calibrates_every_layer_on_guided_trajectories(make_latent, latent_adapter, latent_states, form):
+    """Eight steps: a group of five, and one of the three that are left."""
+    plain, context = make_latent(form, **NARROW), latent_states(form).context
+    context, unconditional = context[:2], context[-2:]
+    pipeline, recorder = Pipeline((3, 8, 8), BETAS, steps=8, eta=1.0, scale=2.0), Recorder()
+    pipeline.sample(plain, range(2), Conditioning(context, unconditional), recorder.add)
+    trajectories = recorder.trajectories(cs=context, ucs=unconditional)
+    options = replace(W4A8, selector_steps=2, per_step=2, batch_size=2)
+    recipe = make_recipe("accuquant", options)
+    data, rollouts = select(trajectories, recipe), Rollouts(trajectories, pipeline.path())
+    arguments = (plain, latent_adapter, recipe, data, 0, trajectories.timesteps)
+    network = calibrate(*arguments, rollouts=rollouts).network
+    assert_calibrated(network, plain, latent_adapter, options)
+    assert network.step_table.groups_of(trajectories.timesteps).tolist() == [0] * 5 + [1] * 3
+    assert all(len(quantizer.scale) == 2 for quantizer in act_quantizers(network).values())
+    assert 0.01 < relative(network, plain, data) < 0.5
 
 
 @pytest.mark.parametrize("method", ["quick", "q-diffusion"])

@@ -18,8 +18,8 @@ from qdiff.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.spec import QuantSpec, Recipe, Selector, StepGroups
 from qdiff.stages import ActivationRanges, Learn, RangeSpec, Rollout, RoundingPenalty, WeightRanges
 
-BETAS = beta_schedule("linear", 0.0001, 0.02, 1000)
-SAMPLES, STEPS = 4, 10
+BETAS = beta_schedule("linear", 0.0001, 0.004, 1000)  # mild: a random network is no denoiser
+SAMPLES, STEPS = 4, 6
 SCALE = {"scale": Learn(0.02, "cosine", relative=True)}
 QUICK = Rollout(SCALE, iterations=6, batch_size=2)
 
@@ -34,7 +34,7 @@ def recipe(*stages, size=4, **fields):
 
 @pytest.fixture(scope="module")
 def float_network(make_network):
-    return make_network(64)
+    return make_network(32)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def rolled(float_network, adapter, rollouts):
 
 
 def test_each_group_learns_its_own_sets(rolled):
-    """Groups of 4 steps do not divide 10: the last has two."""
+    """Groups of 4 steps do not divide 6: the last has two."""
     before, after = rolled(), rolled(QUICK)
-    assert [report.unit for report in after.reports] == ["group 0", "group 1", "group 2"]
+    assert [report.unit for report in after.reports] == ["group 0", "group 1"]
     assert all(report.after < report.before for report in after.reports if report.kept)
-    assert sum(report.kept for report in after.reports) >= 2
+    assert sum(report.kept for report in after.reports) >= 1
     for name, layer in quant_layers(after.network).items():
         assert torch.equal(layer.codes, quant_layers(before.network)[name].codes)
     kept = [number for number, report in enumerate(after.reports) if report.kept]
@@ -86,7 +86,7 @@ def test_what_all_groups_share_learns_from_all(rolled):
     learn = {"bias": Learn(1e-3, "cosine"), **SCALE}
     after = rolled(Rollout(learn, iterations=20, batch_size=4, order="interleaved"))
     (report,) = after.reports
-    assert report.unit == "all groups" and report.iterations == 60 and report.after < 0.9 * report.before
+    assert report.unit == "all groups" and report.iterations == 40 and report.after < 0.9 * report.before
 
 
 def test_rounding_learns_too(rolled):
@@ -139,8 +139,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("killed_after", [3, 11])
+@pytest.mark.parametrize(("stage", "killed_after"), [("sequential", 9), ("quantized", 8), ("interleaved", 3)])
 def test_a_killed_run_goes_on_to_the_same_result(rolled, tmp_path, assert_same_numbers, stage, killed_after):
     whole = rolled(STAGES[stage])
     options = RunOptions(record=tmp_path / "record", memory=MemoryLimits(host=10**5), scratch=tmp_path)
@@ -166,8 +165,8 @@ def test_activation_memory_does_not_grow_with_the_group(rolled, gradient):
             rollout.backward(torch.arange(2), gradient)
         return meter.peak
 
-    assert peak(10, gradient) < 1.1 * peak(1, gradient)
-    assert peak(10, "unrolled") > 5 * peak(1, "unrolled")
+    assert peak(STEPS, gradient) < 1.1 * peak(1, gradient)
+    assert peak(STEPS, "unrolled") > 3 * peak(1, "unrolled")
 
 
 def test_without_trajectories(float_network, adapter, rollouts):
