@@ -49,7 +49,10 @@ class Pipeline:
 
     def path(self) -> LinearPath:
         """How errors of the predicted noise add up in x. Raises ValueError for ddpm_noisy, which clips."""
-        return linear_path(lambda x: self._sampler(x, lambda: torch.zeros_like(x)))
+        try:
+            return linear_path(lambda x: self._sampler(x, lambda: torch.zeros_like(x)))
+        except ValueError as error:
+            raise ValueError(f"{self.sampler}: {error}") from error
 
     def describe(self) -> dict:
         """Plain data that say how images are sampled, for provenance."""

@@ -24,6 +24,7 @@ from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.commandline import bits_label, chosen_recipe, method_options, tensor_float32
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import for_given_weights
+from qdiff.names import matching
 from qdiff.parallel import Team
 from qdiff.progress import PLOT_NAME, CalibrationLog, peak_memory, plot_losses
 from qdiff.published import (
@@ -34,7 +35,7 @@ from qdiff.published import (
     save_published,
 )
 from qdiff.spec import Recipe
-from qdiff.stages import Rollout
+from qdiff.stages import Finetune, Rollout
 from qdiff.surgery import insert_quantizers, softmax_spec
 
 logger = logging.getLogger(__name__)
@@ -126,16 +127,17 @@ def read_inputs(
     if args.cali_data_path is not None:
         trajectories = load_trajectories(args.cali_data_path, shape)
         check_selection(trajectories, plan.recipe)
-        rollouts_of(plan.recipe, trajectories, path)
+        _check_path(plan, trajectories, path)
         timesteps = trajectories.timesteps
-    elif needs_rollouts(plan.recipe) and path is not None:
-        path()  # a sampler that has none is refused before anything is written
+    else:
+        _check_path(plan, None, path)
     with torch.device("meta"):
         network = build()
     if trajectories is not None:
         width = adapter.config_of(network).get("context_dim") if conditional else None
         _check_conditioning(trajectories, conditional, width, args.cali_data_path)
     insert_quantizers(network, plan.recipe, adapter, timesteps)
+    _check_layers(plan.recipe, network, adapter)
     if loaded is not None:
         try:
             check_weights(network, loaded)
@@ -143,6 +145,29 @@ def read_inputs(
             reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
             raise ValueError(f"--resume_w {args.cali_ckpt}: {reason}") from error
     return Inputs(loaded, recipe, trajectories)
+
+
+def _check_path(plan: QuantizationPlan, trajectories: Trajectories | None, path: MakePath | None) -> None:
+    """That stages over groups of steps can learn from the sampler, and from the states that were given."""
+    if not needs_rollouts(plan.recipe) or path is None:
+        return
+    try:
+        made = path()
+    except ValueError as error:
+        raise ValueError(f"{plan.recipe.name}: learns over groups of steps: {error}") from error
+    if trajectories is not None:
+        try:
+            Rollouts(trajectories, made)
+        except ValueError as error:
+            raise ValueError(f"--cali_data_path {plan.args.cali_data_path}: {error}") from error
+
+
+def _check_layers(recipe: Recipe, network: nn.Module, adapter: Adapter) -> None:
+    """That every stage that names layers finds some."""
+    roles = adapter.roles(network)
+    for stage in recipe.stages:
+        if isinstance(stage, Finetune) and not matching(stage.layers, quant_layers(network), roles):
+            raise ValueError(f"finetune layers: {', '.join(stage.layers)} match no layer of the network")
 
 
 def _check_conditioning(trajectories: Trajectories, conditional: bool, width: int | None, path: Path) -> None:
@@ -234,7 +259,8 @@ def needs_rollouts(recipe: Recipe) -> bool:
 def warn_of_other_sampler(network: nn.Module, timesteps: Tensor) -> None:
     """Say it where parameter sets per step were calibrated for another sampler than timesteps [S] are of."""
     table = getattr(network, "step_table", None)
-    if table is None or table.made_for(timesteps):
+    quantized = any(quantizer.enabled for quantizer in act_quantizers(network).values())
+    if table is None or not quantized or table.made_for(timesteps):
         return
     found = f"{table.count} parameter sets for a sampler of {len(table.known)} timesteps"
     logger.warning("the network has %s, this one has %d: each takes the set of the nearest", found, len(timesteps))

@@ -50,7 +50,7 @@ class Rollouts:
         wanted = torch.stack([self.path.t[self.path.first_call(step)].double() for step in range(steps)])
         found = self.trajectories.timesteps
         if len(found) != steps or not torch.allclose(found, wanted):
-            a, b = (f"{len(t)} steps from t = {t[0]:g}" for t in (wanted, found))
+            a, b = (f"{len(t)} steps ({', '.join(f'{v:g}' for v in t[:3])} ...)" for t in (wanted, found))
             raise ValueError(f"calibration data: rollouts need states of the same sampler, expected {a}, found {b}")
 
 
