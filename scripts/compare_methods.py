@@ -54,6 +54,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--sm_abit", type=whole(2, 16), default=8, help="bits of softmax outputs")
     group.add_argument("--a_sym", action="store_true", help="symmetric activations")
     group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
+    starts = "what learned rounding starts from"
+    group.add_argument("--rounding_start", choices=("nearest", "gptq"), default="nearest", help=starts)
     group.add_argument("--cali_st", type=whole(1), default=10, help="sampler steps to calibrate on")
     group.add_argument("--cali_n", type=whole(1), default=16, help="samples of each of those steps")
     fields = "fields of the recipes to change, of all or of a method's, as quick:reconstruct.iterations=40"

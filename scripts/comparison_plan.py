@@ -76,6 +76,7 @@ def make_entries(args: argparse.Namespace, family: str) -> list[Entry]:
         split=args.split,
         selector_steps=args.cali_st,
         per_step=args.cali_n,
+        rounding_start=args.rounding_start,
         family=family,
     )
     found = [

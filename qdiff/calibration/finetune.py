@@ -16,7 +16,6 @@ from qdiff.calibration.loop import learning, minibatches, products_context, rate
 from qdiff.calibration.run import RUN_BATCH, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.snapshots import Snapshots
-from qdiff.calibration.store import Column
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.names import matching
 from qdiff.parallel import Team
@@ -53,7 +52,6 @@ class _Finetuning:
         learns_weights = "weight" in stage.learn
         self.tuned = {n: m for n, m in self.layers.items() if m.weight_quantizers and learns_weights}
         self.data = _fewer(run.data, stage.per_step).to(next(run.network.parameters()))
-        self.teacher = _Teacher(run, self.data, list(self.layers))
         self.losses: list[tuple[int, float]] = []
 
     def learn(self) -> dict:
@@ -139,16 +137,28 @@ class _Finetuning:
 
     def _loss(self, index: Tensor) -> Tensor:
         """local * sum over layers of MSE + output * MSE of the network's output."""
-        run, batch = self.run, self.data.subset(index)
-        device = self.data.x.device
-        with products_context(run.options.products, device), recording_outputs(self.layers.values()) as taps:
-            output = run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
-        rows = index.to(device)
-        *aims, aim = self.teacher.of(rows)
+        products, device = self.run.options.products, self.data.x.device
+        with products_context(products, device):
+            *taps, output = self._activations(self.run.network, index)
+        *aims, aim = self._teacher(index)
         total = self.stage.output * (output.to(aim.dtype) - aim).square().mean()
         for tap, target in zip(taps, aims, strict=True):
             total = total + self.stage.local * (tap.to(target.dtype) - target).square().mean()
         return total
+
+    @torch.no_grad()
+    def _teacher(self, index: Tensor) -> list[Tensor]:
+        """The float network's activations. They are computed anew for every batch: those of all states of Stable
+        Diffusion's feed-forward layers would take terabytes, and a forward pass is a quarter of an iteration."""
+        return self._activations(self.run.float_network, index)
+
+    def _activations(self, network: nn.Module, index: Tensor) -> list[Tensor]:
+        """The outputs of the chosen layers for some states, in the order of their calls, and the network's own."""
+        batch = self.data.subset(index)
+        modules = [network.get_submodule(name) for name in self.layers]
+        with recording_outputs(modules) as taps:
+            output = network(batch.x, batch.t, **self.run.adapter.conditioning(network, batch.context))
+        return [*taps, output]
 
     @torch.no_grad()
     def _output_error(self) -> float:
@@ -156,32 +166,12 @@ class _Finetuning:
         run, total = self.run, 0.0
         for rows in torch.arange(len(self.data)).split(RUN_BATCH):
             batch = self.data.subset(rows)
-            output = run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
-            aim = self.teacher.columns[-1][rows]
+            aim, output = (
+                network(batch.x, batch.t, **run.adapter.conditioning(network, batch.context))
+                for network in (run.float_network, run.network)
+            )
             total += (output - aim).square().mean().item() * len(rows)
         return total / len(self.data)
-
-
-class _Teacher:
-    """The float network's activations for all states: the chosen layers' outputs and the network's own, in the run's
-    store, whose memory limits they keep to."""
-
-    def __init__(self, run: Calibration, data: CalibrationSet, layers: list[str]) -> None:
-        network = run.float_network
-        self.columns: list[Column] = []
-        modules = [network.get_submodule(name) for name in layers]
-        for rows in torch.arange(len(data)).split(RUN_BATCH):
-            batch = data.subset(rows)
-            with torch.no_grad(), recording_outputs(modules) as taps:
-                output = network(batch.x, batch.t, **run.adapter.conditioning(network, batch.context))
-            for i, values in enumerate([*taps, output]):
-                if len(self.columns) <= i:
-                    self.columns.append(run.store.column(len(data), values))
-                self.columns[i][slice(int(rows[0]), int(rows[-1]) + 1)] = values
-
-    def of(self, rows: Tensor) -> list[Tensor]:
-        """The activations of some states, in the order of the calls, the network's output last."""
-        return [column[rows] for column in self.columns]
 
 
 def _fewer(data: CalibrationSet, per_step: int | None) -> CalibrationSet:

@@ -53,3 +53,18 @@ def test_benchmark_with_bad_input(tiny, tmp_path, flags, names):
 def test_benchmark_dry_run(tiny, tmp_path):
     plan = yaml.safe_load(passed(call("benchmark", "simulate", *tiny.model, "--dry_run")).out)
     assert plan["torch"] == torch.__version__ and tree(tmp_path) == {}
+
+
+def test_benchmark_of_rollouts(tiny, tmp_path):
+    """Memory by group size: flat for the two passes and the reverse sweep, growing for the unrolled graph."""
+    flags = ("--batch_size", 1, "--group_sizes", 1, 4, "--json", tmp_path / "out.json")
+    passed(call("benchmark", "rollout", *tiny.model, *flags))
+    rows = json.loads((tmp_path / "out.json").read_text())["rollouts"]
+    ratios = {row["gradient"]: row["ratio"] for row in rows if row["steps"] == 4}
+    assert ratios["two_pass"] < 1.1 and ratios["exact"] < 1.1 and ratios["unrolled"] > 2.5
+    assert all(row["ratio"] == 1 for row in rows if row["steps"] == 1)
+
+
+@pytest.mark.parametrize("flags", [("--group_sizes", 0), ("--gradients", "none"), ("--batch_size", 0)])
+def test_benchmark_of_rollouts_with_bad_input(tiny, flags):
+    refused(call("benchmark", "rollout", *tiny.model, *flags), flags[0])

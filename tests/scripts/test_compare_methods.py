@@ -150,6 +150,14 @@ def test_a_finished_comparison_just_prints_its_table(tiny32, compared, monkeypat
     assert (out / "results.md").read_text() in result.out and started == [] and tree(out) == before
 
 
+def test_rounding_may_start_from_compensated_weights(tiny, tmp_path):
+    flags = ("--methods", "q-diffusion:3", "eda-dm:3", "--rounding_start", "gptq", "--dry_run", "--outdir", tmp_path)
+    plan = yaml.safe_load(passed(call(COMPARE, *tiny.model, *SHORT, *flags)).out)
+    for recipe in plan["runs"].values():
+        names = [stage["stage"] for stage in recipe["stages"]]
+        assert names.index("compensate") < names.index("reconstruct")
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [

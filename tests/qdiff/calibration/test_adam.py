@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.calibration.adam import Adam
+from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.loop import rate_table
 from qdiff.stages import Learn
 
@@ -118,3 +118,75 @@ def test_float32_steps_are_torchs_to_the_last_bit():
         adam.step(torch.tensor([step]))
         reference.step()
     assert torch.equal(mine, theirs)
+
+
+def rows_problem():
+    """Scales of three groups, and a loss that only some groups are part of."""
+    p = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64))
+    return p, lambda rows, step: sum(((p[row] - 0.1 * step) ** 3).sum() for row in rows)
+
+
+def test_rows_that_are_absent_stay_and_count_their_own_steps():
+    """Each row moves exactly as a parameter of its own would, by torch's Adam at the rates of its steps."""
+    p, loss = rows_problem()
+    rates = torch.linspace(0.1, 0.01, 9, dtype=torch.float64)
+    present = [[0], [0, 1], [1], [0, 1], [0], [1], [0], [0, 1], [1]]
+    adam = Adam([AdamGroup([p], rates, by_row=True)])
+    for step, rows in enumerate(present):
+        adam.zero_grad()
+        loss(rows, step).backward()
+        adam.step(torch.tensor([step]))
+    alone, _ = rows_problem()
+    for row in range(3):
+        q = nn.Parameter(alone[row].detach().clone())
+        optimizer = torch.optim.Adam([q])
+        for step, rows in enumerate(present):
+            if row in rows:
+                optimizer.param_groups[0]["lr"] = rates[step].item()
+                optimizer.zero_grad()
+                ((q - 0.1 * step) ** 3).sum().backward()
+                optimizer.step()
+        torch.testing.assert_close(p[row], q, rtol=1e-12, atol=0)
+    assert torch.equal(p[2].detach(), alone[2].detach())
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_relative_rates_are_shares_of_where_learning_began(by_row):
+    """The first step of Adam is the rate itself, whatever the gradient."""
+    p = nn.Parameter(torch.tensor([1e-3, -2.0, 50.0], dtype=torch.float64))
+    before = p.detach().clone()
+    adam = Adam([AdamGroup([p], torch.tensor([0.01, 0.01]), relative=True, by_row=by_row)])
+    (p * torch.tensor([1e3, -5.0, 1e2])).sum().backward()
+    adam.step(torch.tensor([0]))
+    expected = before - 0.01 * before.abs() * torch.tensor([1.0, -1.0, 1.0])
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_state_is_all_that_later_steps_depend_on():
+    """Put back half-way, learning goes on to the same numbers, bit for bit."""
+
+    def run(interrupted):
+        p, loss = rows_problem()
+        q = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+
+        def made():
+            groups = [AdamGroup([p], torch.full((8,), 0.1), True, True), AdamGroup([q], torch.full((8,), 0.05))]
+            return Adam(groups)
+
+        adam = made()
+        for step in range(8):
+            if interrupted and step == 5:
+                kept = [tensor.clone() for tensor in adam.state()]
+                with torch.no_grad():
+                    p.mul_(3)
+                    q.zero_()
+                adam = made()
+                for tensor, value in zip(adam.state(), kept, strict=True):
+                    tensor.copy_(value)
+            adam.zero_grad()
+            (loss([step % 2], step) + (q**2).sum()).backward()
+            adam.step(torch.tensor([step]))
+        return p.detach(), q.detach()
+
+    for mine, theirs in zip(run(True), run(False), strict=True):
+        assert torch.equal(mine, theirs)

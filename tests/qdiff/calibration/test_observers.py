@@ -160,3 +160,34 @@ def test_the_sample_of_a_search_comes_from_the_stages_generator(monkeypatch):
         observe(quantizer, [x], RangeSpec("theta"), torch.Generator().manual_seed(seed))
         scales.append(quantizer.scale.item())
     assert scales[0] == scales[1] != scales[2]
+
+
+def test_a_search_may_look_at_a_sample_and_the_ends(generator):
+    """EDA-DM's moving average: of many values some are drawn, but the largest is always among the candidates' ends."""
+    x = torch.randn(4, 5000, generator=generator)
+    x[2, 7] = 9.0
+    whole, part = (ActQuantizer(AFFINE8, StepTable(10, StepGroups())) for _ in range(2))
+    looked_at = []
+
+    class Spy(RangeObserver):
+        def _thinned(self, values):
+            looked_at.append(super()._thinned(values))
+            return looked_at[-1]
+
+    spec = RangeSpec("theta", aggregate="ema", momentum=0.9, p=2.4)
+    observe(whole, [x], spec)
+    observer = Spy(RangeSpec("theta", aggregate="ema", momentum=0.9, p=2.4, sample=2000), generator)
+    observer(part, x)
+    observer.finish([("layer", part)])
+    assert looked_at[0].shape == (1, 2002) and looked_at[0].max() == 9 and looked_at[0].min() == x.min()
+    assert part.scale.item() == pytest.approx(whole.scale.item(), rel=0.1)
+
+
+def test_groups_that_no_timestep_reaches_need_no_state():
+    """A sampler that visits its last timestep twice may leave a group without one."""
+    steps = StepTable(10, StepGroups(4), torch.tensor([9, 5, 1, 1]))
+    assert steps.count == 4 and steps.reachable() == [0, 1, 2]
+    quantizer = ActQuantizer(AFFINE8, steps)
+    with steps.at(torch.tensor([9, 5, 1])):
+        observe(quantizer, [torch.tensor([[1.0], [2.0], [4.0]])], RangeSpec())
+    assert quantizer.scale[:3].tolist() == pytest.approx([1 / 255, 2 / 255, 4 / 255])
