@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.capture import recording_outputs
 from qdiff.calibration.loop import learning, minibatches, products_context, rate_table
-from qdiff.calibration.run import RUN_BATCH, Calibration, UnitReport
+from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.snapshots import Snapshots
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
@@ -21,8 +18,6 @@ from qdiff.names import matching
 from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE, ActQuantizer
 from qdiff.stages import Finetune
-
-logger = logging.getLogger(__name__)
 
 
 def finetune(run: Calibration, stage: Finetune, number: int = 0) -> None:
@@ -34,7 +29,7 @@ def finetune(run: Calibration, stage: Finetune, number: int = 0) -> None:
     if notes is None:
         work = _Finetuning(run, stage, number)
         notes = run.keep(number, modules=[""], bases=list(work.tuned), notes=work.learn())
-    report = UnitReport(**notes | {"losses": tuple(map(tuple, notes["losses"]))})
+    report = UnitReport.of(notes)
     run.reports.append(report)
     run.progress.unit(report, 1, 1)
 
@@ -56,8 +51,8 @@ class _Finetuning:
 
     def learn(self) -> dict:
         """Carry the stage out; its report as plain data."""
-        run, stage, started = self.run, self.stage, time.monotonic()
-        before = self._output_error()
+        run, stage = self.run, self.stage
+        attempt, before = Attempt(run, self.number, "network", []), self._output_error()
         groups = self._groups()
         indices = list(self._indices())
         run.progress.start(f"finetuning {len(self.tuned)} layers", stage.iterations)
@@ -83,10 +78,7 @@ class _Finetuning:
             run.bases[name] = torch.cat([r.weight.detach() for r in layer.rounding], 1)
             layer.finish_rounding()
         run.progress.finish()
-        after, seconds = self._output_error(), time.monotonic() - started
-        logger.info("finetuning: output error %.4g -> %.4g, %.1f s", before, after, seconds)
-        losses = tuple(self.losses)
-        return asdict(UnitReport(self.number, "network", before, after, True, seconds, stage.iterations, losses))
+        return attempt.finish(before, self._output_error(), "always", stage.iterations, self.losses)
 
     def _groups(self) -> dict[str, list[nn.Parameter]]:
         """The learned parameters: weights with biases, and scales."""

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from dataclasses import asdict
-
 import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.loop import learning, minibatches, parameter_groups, products_context, rate_table
 from qdiff.calibration.objectives import penalty_table, rounding_penalty
-from qdiff.calibration.record import put_state, state_of
 from qdiff.calibration.rollout import Carrier, FloatRuns, Group, GroupRollout, Predictor, groups_of
-from qdiff.calibration.run import RUN_BATCH, Calibration, UnitReport
+from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.snapshots import Snapshots
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE
 from qdiff.stages import Rollout
-
-logger = logging.getLogger(__name__)
 
 
 def learn_rollouts(run: Calibration, stage: Rollout, number: int = 0) -> None:
@@ -84,7 +77,7 @@ class _Rolling:
 
     def report(self, notes: dict, done: int, total: int) -> None:
         """Tell of a piece that is done."""
-        report = UnitReport(**notes | {"losses": tuple(map(tuple, notes["losses"]))})
+        report = UnitReport.of(notes)
         self.run.reports.append(report)
         self.run.progress.unit(report, done, total)
 
@@ -107,8 +100,8 @@ class _Rolling:
 
     def _learn(self, unit: str, rollouts: list[GroupRollout], work: list[tuple[GroupRollout, Tensor]], row) -> dict:
         """Learn from the batches of `work`; row: the parameter set that alone may move, or None for all."""
-        run, stage, started = self.run, self.stage, time.monotonic()
-        before, state = self.error(rollouts), state_of(run.network, self._changed())
+        run, stage = self.run, self.stage
+        attempt, before = Attempt(run, self.number, unit, self._changed()), self.error(rollouts)
         groups = self._parameters(row)
         adam = self._adam(groups, len(work))
         snapshots = Snapshots(run, self.number, adam.state, len(work)) if row is None else None
@@ -128,14 +121,7 @@ class _Rolling:
                 run.progress.advance(note=f"{unit} loss {losses[-1][1]:.3g}")
         for layer in quant_layers(run.network).values():
             layer.finish_rounding()
-        after = self.error(rollouts)
-        kept = stage.keep == "always" or after < before
-        if not kept:
-            put_state(run.network, state)
-        seconds = time.monotonic() - started
-        outcome = "kept" if kept else "put back"
-        logger.info("%s: error at its end %.4g -> %.4g, %s, %.1f s", unit, before, after, outcome, seconds)
-        return asdict(UnitReport(self.number, unit, before, after, kept, seconds, len(work), tuple(losses)))
+        return attempt.finish(before, self.error(rollouts), stage.keep, len(work), losses)
 
     def _parameters(self, row: int | None) -> dict[str, list[nn.Parameter]]:
         """The learned parameters; of quantizers with one set for all groups only where all groups learn together."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qdiff.seeds import generator_of
 from qdiff.spec import Recipe
 
 logger = logging.getLogger(__name__)
+Losses = Sequence[tuple[int, float]]  # (iteration, loss) at some points
 RUN_BATCH = 16  # samples that go through a unit at once where nothing is learned
 
 
@@ -55,6 +57,11 @@ class UnitReport:
     seconds: float
     iterations: int = 0
     losses: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, notes: dict[str, Any]) -> UnitReport:
+        """From plain data, as records keep it."""
+        return cls(**notes | {"losses": tuple(map(tuple, notes["losses"]))})
 
 
 @dataclass(frozen=True)
@@ -163,3 +170,20 @@ class Calibration:
         if piece is not None:
             self.record.save(stage, unit, piece, notes)
         return notes
+
+
+class Attempt:
+    """A piece of learning that may be put back: what its modules were like when it began."""
+
+    def __init__(self, run: Calibration, stage: int, unit: str, modules: list[str]) -> None:
+        self.run, self.stage, self.unit = run, stage, unit
+        self.started, self.state = time.monotonic(), state_of(run.network, modules)
+
+    def finish(self, before: float, after: float, keep: str, iterations: int, losses: Losses) -> dict[str, Any]:
+        """Put it back unless it is to be kept ("always", or "better" than before); its report as plain data."""
+        kept = keep == "always" or after < before
+        if not kept:
+            put_state(self.run.network, self.state)
+        seconds, outcome = time.monotonic() - self.started, "kept" if kept else "put back"
+        logger.info("%s: error %.4g -> %.4g, %s, %.1f s", self.unit, before, after, outcome, seconds)
+        return asdict(UnitReport(self.stage, self.unit, before, after, kept, seconds, iterations, tuple(losses)))

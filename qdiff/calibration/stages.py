@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +14,8 @@ from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.loop import UnitData, optimise, parameter_groups
 from qdiff.calibration.objectives import lp_loss
 from qdiff.calibration.observers import RangeObserver
-from qdiff.calibration.record import put_state, state_of
 from qdiff.calibration.rollout_stage import learn_rollouts
-from qdiff.calibration.run import Calibration, UnitReport
+from qdiff.calibration.run import Attempt, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.ranges import grid_from_range, make_finder
@@ -35,8 +31,6 @@ from qdiff.stages import (
     Stage,
     WeightRanges,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -> None:
@@ -161,16 +155,15 @@ class _Learner:
             if i not in here or not reports[i]:  # done elsewhere or before, or without anything to learn (B3)
                 run.progress.advance(self.stage.iterations, names[i])
             if reports[i]:
-                found = UnitReport(**reports[i] | {"losses": tuple(map(tuple, reports[i]["losses"]))})
+                found = UnitReport.of(reports[i])
                 run.reports.append(found)
                 run.progress.unit(found, i + 1, len(names), restored=i not in owners)
 
     def _learn_unit(self, name: str, index: int, alone: bool) -> dict:
         """Learn one unit; its report as plain data, {} where it has nothing to learn."""
-        run, stage, started = self.run, self.stage, time.monotonic()
-        unit = run.segment(name)
+        run, stage = self.run, self.stage
+        unit, attempt = run.segment(name), Attempt(run, self.number, name, [name])
         layers = {layer: run.bases[n] for n, layer in quant_layers(run.network).items() if n in run.bases}
-        before = state_of(run.network, [name])
         data = self._data(name)
         error_before = self._error(name, data)
         groups = parameter_groups(unit.module, stage, layers)
@@ -188,15 +181,7 @@ class _Learner:
         )
         for layer in quant_layers(unit.module).values():
             layer.finish_rounding()
-        error_after = self._error(name, data)
-        kept = stage.keep == "always" or error_after < error_before
-        if not kept:
-            put_state(run.network, before)
-        seconds = time.monotonic() - started
-        outcome = "kept" if kept else "put back"
-        logger.info("%s: error %.4g -> %.4g, %s, %.1f s", name, error_before, error_after, outcome, seconds)
-        losses = tuple(history.losses)
-        return asdict(UnitReport(self.number, name, error_before, error_after, kept, seconds, stage.iterations, losses))
+        return attempt.finish(error_before, self._error(name, data), stage.keep, stage.iterations, history.losses)
 
     def _data(self, name: str) -> UnitData:
         plain, quantized = self.frontiers()
