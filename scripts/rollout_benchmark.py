@@ -69,7 +69,7 @@ def _first_group(network: torch.nn.Module, rollouts: Rollouts, size: int, args: 
     recipe = apply_overrides(make_recipe("nearest", options), [f"step_groups.size={size}"])
     data = select(rollouts.trajectories, recipe)
     quantized = calibrate(network, ADAPTER, recipe, data, args.seed, rollouts.trajectories.timesteps).network
-    teacher, predict = (Predictor(n, ADAPTER, rollouts, args.batch_size) for n in (network, quantized))
+    teacher, predict = (Predictor(n, ADAPTER, rollouts) for n in (network, quantized))
     store = Store(predict.parameter.device)
     runs = FloatRuns(teacher, rollouts, args.batch_size, store, args.batch_size)
     return GroupRollout(predict, runs, groups_of(rollouts.path, quantized.step_table)[0])

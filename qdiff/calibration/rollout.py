@@ -74,20 +74,21 @@ def groups_of(path: Path, table: StepTable) -> list[Group]:
 class Predictor:
     """A network's (guided) prediction for samples of the trajectories at a call."""
 
-    def __init__(self, network: nn.Module, adapter: Adapter, rollouts: Rollouts, samples: int) -> None:
+    def __init__(self, network: nn.Module, adapter: Adapter, rollouts: Rollouts) -> None:
         self.network, self.adapter, self.path = network, adapter, rollouts.path
         self.parameter = next(network.parameters())
         extra = rollouts.trajectories.extra
-        self._contexts = [self._ready(extra[key][0][:samples]) for key in CONDITIONING if key in extra]
+        self._contexts = [extra[key] for key in CONDITIONING if key in extra]  # S of [N, ...] each
 
-    def _ready(self, context: Tensor) -> Tensor:
+    def _context(self, column: tuple[Tensor, ...], call: int, index: Tensor) -> Tensor:
+        context = column[self.path.step[call]][index.cpu()]
         return context.to(self.parameter if context.is_floating_point() else self.parameter.device)
 
     def __call__(self, call: int, index: Tensor, x: Tensor) -> Tensor:
         """x: [B, C, H, W], the inputs of samples `index` [B] at a call. Returns the predicted noise, guided."""
         t = self.path.t[call].to(x.device).expand(len(x))
         t = t.to(torch.promote_types(x.dtype, torch.float32)) if t.is_floating_point() else t
-        contexts = [context[index] for context in self._contexts]
+        contexts = [self._context(column, call, index) for column in self._contexts]
         guided = len(contexts) == 2 and self.path.scale != 1
         if not guided:
             return self._run(x, t, contexts[0] if contexts else None)

@@ -46,8 +46,8 @@ class _Rolling:
         self.samples = recorded if stage.samples is None else stage.samples
         if self.samples > recorded:
             raise ValueError(f"rollout samples {stage.samples}: the calibration data have only {recorded} samples")
-        teacher = Predictor(run.float_network, run.adapter, run.rollouts, self.samples)
-        self.predict = Predictor(run.network, run.adapter, run.rollouts, self.samples)
+        teacher = Predictor(run.float_network, run.adapter, run.rollouts)
+        self.predict = Predictor(run.network, run.adapter, run.rollouts)
         self.device = self.predict.parameter.device
         self.runs = FloatRuns(teacher, run.rollouts, self.samples, run.store, RUN_BATCH)
         self.groups = groups_of(run.rollouts.path, run.network.step_table)

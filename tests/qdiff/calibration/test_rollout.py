@@ -63,7 +63,7 @@ class Scene:
 
     def group_rollouts(self, store=None, carried=False):
         store = store or Store(torch.device("cpu"))
-        teacher, predict = (Predictor(n, self.adapter, self.rollouts, SAMPLES) for n in (self.network, self.quantized))
+        teacher, predict = (Predictor(n, self.adapter, self.rollouts) for n in (self.network, self.quantized))
         runs = FloatRuns(teacher, self.rollouts, SAMPLES, store, 2)
         found, carrier = [], Carrier(runs, store, 2)
         for group in groups_of(self.rollouts.path, self.quantized.step_table):
