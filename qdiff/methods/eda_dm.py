@@ -35,7 +35,7 @@ PUBLISHED = {
     "imagenet": Setting(1024, 32, 1.2, 0.8, (5e-1, 1e-4), (1e-4, 1e-3), 1000, 32),
     "stable-diffusion": Setting(256, 2, 5.0, 0.8, (3e-2, 5e-4), (1e-4, 1e-4), 1000, 2),
 }
-OF_FAMILY = {"pixel": "cifar10", "latent": "bedroom", "text": "stable-diffusion"}
+OF_FAMILY = {"pixel": "cifar10", "latent": "church", "text": "stable-diffusion"}
 
 
 def recipe(options: MethodOptions, task: str | None = None) -> Recipe:
