@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import re
@@ -93,3 +94,21 @@ def _foreign_object(message: str) -> str | None:
     if found is None:
         return None
     return f"it holds an object of {found[1].rstrip('.,')}, and only tensors and plain containers are read"
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Within the block no other process can be in such a block for the folder; ends with the process at the latest.
+
+    Raises ValueError where another one is.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reason = "another process is at work in this folder; wait for it or choose another"
+            raise ValueError(f"{folder}: {reason}") from None
+        yield
+    finally:
+        os.close(handle)

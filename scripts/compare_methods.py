@@ -35,6 +35,7 @@ from qdiff.commandline import (
     whole,
 )
 from qdiff.fabric import start_team
+from qdiff.files import sole_user
 from qdiff.methods import METHODS
 
 logger = logging.getLogger(__name__)
@@ -107,14 +108,20 @@ def run_alone(comparison: Comparison, slug: str) -> None:
 
 def orchestrate(comparison: Comparison, flags: list[str]) -> None:
     """Run what is not done yet, part by part in processes of their own, and write the results so far after each."""
-    args, leads, failed = comparison.args, leads_machines(comparison.args), []
+    leads = leads_machines(comparison.args)
     digest = comparison.check_weights()
+    start_log(comparison.folder, comparison.args.verbose, 0 if leads else 1)
+    with sole_user(comparison.folder) if leads else contextlib.nullcontext():
+        if leads:
+            comparison.settle(digest)
+        run_all(comparison, flags, leads)
+
+
+def run_all(comparison: Comparison, flags: list[str], leads: bool) -> None:
+    """The parts that are not done yet. leads: whether this machine writes the results."""
+    args, failed = comparison.args, []
     slugs = [entry.slug for entry in comparison.entries]
     todo = [slug for slug in slugs if comparison.result(slug) is None]
-    prepared = comparison.result(FLOAT) is not None
-    start_log(comparison.folder, args.verbose, 0 if leads else 1)
-    if leads:
-        comparison.settle(digest)
 
     def command(slug: str) -> list[str]:
         return [sys.executable, str(Path(__file__).resolve()), *flags, "--only", slug]
@@ -131,7 +138,7 @@ def orchestrate(comparison: Comparison, flags: list[str]) -> None:
         elif leads:
             write_report(comparison)
 
-    if not prepared:
+    if comparison.result(FLOAT) is None:
         run_jobs([FLOAT], command, 1, largest, done)
         if failed:
             raise ValueError(failed[0])

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 
 import qdiff.files
-from qdiff.files import atomic, load_pickle, save_pickle, save_safetensors, write_text
+from qdiff.files import atomic, load_pickle, save_pickle, save_safetensors, sole_user, write_text
 
 
 class Foreign:
@@ -162,3 +162,14 @@ def test_a_disk_that_refuses_is_an_os_error_that_names_the_file(tmp_path):
     for line, name in zip(lines, ["a.txt", "a.pt", "b.pt", "a.safetensors"], strict=True):
         assert "File too large" in line and str(tmp_path / name) in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+    with sole_user(tmp_path):
+        with pytest.raises(ValueError, match="another process is at work in this folder"), sole_user(tmp_path):
+            pytest.fail("two users")
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), sole_user(tmp_path):
+        raise KeyError
+    with sole_user(tmp_path):
+        pass

@@ -17,6 +17,7 @@ from ddim.schedules import beta_schedule, cumulative_alphas
 from qdiff.checkpoints import load_checkpoint
 from qdiff.evaluation.fidelity import feature_statistics, frechet_distance
 from qdiff.evaluation.similarity import to_uint8
+from qdiff.files import sole_user
 
 COMPARE = "compare_methods"
 # Four steps of four images, which is what the float sampling states are for too.
@@ -148,6 +149,11 @@ def test_a_finished_comparison_just_prints_its_table(tiny32, compared, monkeypat
     before = tree(out)
     result = passed(call(COMPARE, *tiny32.model, *SHORT, *METHODS, "--outdir", out))
     assert (out / "results.md").read_text() in result.out and started == [] and tree(out) == before
+
+
+def test_two_comparisons_do_not_share_a_folder(tiny, tmp_path):
+    with sole_user(tmp_path):
+        refused(call(COMPARE, *tiny.model, *SHORT, "--outdir", tmp_path), str(tmp_path), "another process")
 
 
 def test_rounding_may_start_from_compensated_weights(tiny, tmp_path):
