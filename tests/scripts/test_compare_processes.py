@@ -51,7 +51,7 @@ def test_an_interrupted_comparison(tiny, tmp_path):
         time.sleep(0.05)
     assert len(processes(tmp_path / "out")) == 2
     started.send_signal(signal.SIGINT)
-    said = started.communicate(timeout=30)[1]
+    said = started.communicate(timeout=120)[1]
     assert {"calibration data", "float images"} <= set(Result(0, "", said).bars)
     assert started.returncode == 130 and "interrupted: the same command goes on" in said and "Traceback" not in said
     assert processes(tmp_path / "out") == []
@@ -106,7 +106,7 @@ def test_a_job_that_fails(monkeypatch):
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_an_interruption_ends_all_jobs(monkeypatch, stubborn):
     """Those too that do not listen."""
-    monkeypatch.setattr(comparison_jobs, "GRACE", 0.5)
+    monkeypatch.setattr(comparison_jobs, "GRACE", 0.5 if stubborn else 30)  # a busy machine may take its time
     ignores = "signal.signal(signal.SIGINT, signal.SIG_IGN); " * stubborn
     code = f"import signal, sys, time; {ignores}print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     started = []
@@ -125,7 +125,7 @@ def test_an_interruption_ends_all_jobs(monkeypatch, stubborn):
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         comparison_jobs.run_jobs(["a", "b"], lambda slug: [sys.executable, "-S", "-c", code], 2, lambda: 0, None)
-    assert len(started) == 2 and time.monotonic() - begun < 30
+    assert len(started) == 2 and time.monotonic() - begun < 50
     expected = -signal.SIGKILL if stubborn else -signal.SIGINT
     assert {job.process.returncode for job in started} <= {expected, 1}
 

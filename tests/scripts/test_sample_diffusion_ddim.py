@@ -250,8 +250,9 @@ def test_data_may_have_more_steps_than_the_images_are_sampled_with(tiny, recipe,
     result = call(SAMPLE, *tiny.sampling, *flags, "--cali_data_path", tmp_path / "data", "-l", "out")
     assert result.code == 0 and "no ckpt.pth" in result.complaints[0]
     path = only_run(tmp_path / "out") / "ckpt.safetensors"
-    resumed = sampled(tiny, tmp_path / "resumed", *tiny.w4a8, "--cali_ckpt", path)
-    assert pictures(resumed) == pictures(path.parent)
+    resumed = call(SAMPLE, *tiny.sampling, *tiny.w4a8, "--cali_ckpt", path, "-l", tmp_path / "resumed")
+    assert resumed.code == 0 and len(resumed.complaints) == 1 and "8 parameter sets" in resumed.complaints[0]
+    assert pictures(only_run(tmp_path / "resumed")) == pictures(path.parent)
 
 
 # --resume_w
