@@ -164,10 +164,10 @@ def test_layers_with_one_set_have_it_while_others_have_one_per_group(wide_networ
         assert {q.steps is wide_network.step_table for q in layer.act_quantizers} == {name not in time}
     for quantizer in act_quantizers(wide_network).values():
         quantizer.set_grid(torch.tensor(0.05), torch.tensor(0.0))
+    wide_network.double()  # in float32 a batch of another size sums in another order, and ties round the other way
     mixed = wide_network(states.x, states.t)  # its batch has all groups
     alone = torch.cat([wide_network(x[None], t[None]) for x, t in zip(states.x, states.t, strict=True)])
-    # A tie may round the other way in a batch of another size.
-    assert relative(mixed, alone) < 0.02
+    assert relative(mixed, alone) < 1e-9
 
 
 # Softmax outputs

@@ -1,5 +1,6 @@
 """The scripts run as a user runs them: a tiny model with random weights, from a folder that is not the repository's."""
 
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from latents import CONFIGS, write_model  # noqa: E402
 from running import call, only_run, passed  # noqa: E402
 
 from ddim.pretrained import build_network, load_config  # noqa: E402
+
+# A shell starts its background jobs with Ctrl-C ignored, and every process that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONFIG = """
 pretrained: tiny.safetensors
