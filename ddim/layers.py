@@ -1,6 +1,7 @@
 """Building blocks of the DDPM U-Net (arXiv 2006.11239, appendix B), under the names of the published checkpoints."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,26 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
 
 
+class GroupNormSiLU(nn.GroupNorm):
+    """Group norm and SiLU as one module, so that one kernel can take the place of both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+def group_norm_silu(channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+def plus(layer: nn.Module, x: Tensor, make_other: Callable[[], Tensor]) -> Tensor:
+    """layer(x) + make_other(), which is of the output's shape or broadcast to it.
+
+    A layer with a `forward_plus(x, other)` of its own adds while it writes its output; for others the layer runs first.
+    """
+    fused = getattr(layer, "forward_plus", None)
+    return layer(x) + make_other() if fused is None else fused(x, make_other())
+
+
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions with the time embedding between them, around a shortcut.
 
@@ -50,10 +71,10 @@ class ResnetBlock(nn.Module):
         super().__init__()
         joined = in_channels + skip_channels
         self.shortcut_boundary: int | None = in_channels if skip_channels else None
-        self.norm1 = group_norm(joined)
+        self.norm1 = group_norm_silu(joined)
         self.conv1 = nn.Conv2d(joined, out_channels, 3, padding=1)
         self.temb_proj = None if temb_channels is None else nn.Linear(temb_channels, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm_silu(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut_name: str | None = None
@@ -68,12 +89,13 @@ class ResnetBlock(nn.Module):
         """x: [N, in_channels + skip_channels, H, W]; temb: [N, temb_channels], or None as the
         constructor's. Returns [N, out_channels, H, W].
         """
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.temb_proj is not None:
-            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
-        return shortcut + h
+        normed = self.norm1(x)
+        if self.temb_proj is None:
+            h = self.conv1(normed)
+        else:
+            h = plus(self.conv1, normed, lambda: self.temb_proj(F.silu(temb))[:, :, None, None])
+        shortcut = nn.Identity() if self.shortcut_name is None else getattr(self, self.shortcut_name)
+        return plus(self.conv2, self.dropout(self.norm2(h)), lambda: shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -93,7 +115,7 @@ class AttnBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (_tokens(projection(normed)) for projection in (self.q, self.k, self.v))
         attended = self.attention(q, k, v)
-        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return plus(self.proj_out, attended.squeeze(1).transpose(1, 2).reshape(x.shape), lambda: x)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ddim import chain
 from ddim.chain import Segment, State
-from ddim.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm, timestep_embedding
+from ddim.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm_silu, timestep_embedding
 
 
 class Level(nn.Module):
@@ -67,7 +67,7 @@ class DDPMUNet(nn.Module):
         self.mid.attn_1 = AttnBlock(self.widths[-1])
         self.mid.block_2 = self._block(self.widths[-1], self.widths[-1])
         self.up = nn.ModuleList(self._up_level(i) for i in range(len(self.widths)))
-        self.norm_out = group_norm(self.widths[0])
+        self.norm_out = group_norm_silu(self.widths[0])
         self.conv_out = nn.Conv2d(self.widths[0], out_ch, 3, padding=1)
 
     def start(self, x: Tensor, t: Tensor) -> State:
@@ -134,7 +134,7 @@ class DDPMUNet(nn.Module):
                 yield Segment(f"up.{i}.upsample", level.upsample, chain.read_features, chain.write_features)
 
     def _read_out(self, state: State) -> tuple[Tensor, ...]:
-        return (F.silu(self.norm_out(state.h)),)
+        return (self.norm_out(state.h),)
 
     def _block(self, in_channels: int, out_channels: int, skip_channels: int = 0) -> ResnetBlock:
         config = self.config

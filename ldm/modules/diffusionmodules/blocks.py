@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim.attention import DotProductAttention
-from ddim.layers import MAX_PERIOD
+from ddim.layers import MAX_PERIOD, plus
 from ldm.modules.attention import zeroed
 
 NORM_GROUPS, NORM_EPS = 32, 1e-5
@@ -89,17 +89,18 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [N, channels + skip_channels, H, W]; emb: [N, emb_channels]. Returns [N, out_channels, H', W']."""
         norm, activation, conv = self.in_layers
-        h = conv(self.resample(activation(norm(x))))
-        emb = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
+        h = self.resample(activation(norm(x)))
+        norm, activation, dropout, last = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(conv(h))
+            scale, shift = self._embedded(emb).chunk(2, dim=1)
+            h = h * (1 + scale) + shift
         else:
-            h = norm(h + emb)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(self.resample(x)) + h
+            h = norm(plus(conv, h, lambda: self._embedded(emb)))
+        return plus(last, dropout(activation(h)), lambda: self.skip_connection(self.resample(x)))
+
+    def _embedded(self, emb: Tensor) -> Tensor:
+        return self.emb_layers(emb)[:, :, None, None]
 
 
 class AttentionBlock(nn.Module):
@@ -126,7 +127,7 @@ class AttentionBlock(nn.Module):
         else:
             q, k, v = _heads(qkv, self.num_heads).chunk(3, dim=-1)
         attended = self.attention(q, k, v).transpose(2, 3).flatten(1, 2)
-        return (flat + self.proj_out(attended)).view_as(x)
+        return plus(self.proj_out, attended, lambda: flat).view_as(x)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddim.layers import NORM_GROUPS, AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
+from ddim.layers import NORM_GROUPS, AttnBlock, Downsample, ResnetBlock, Upsample, group_norm_silu
 from ddim.network import Level
 
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")  # xformers names a faster kernel for the same arithmetic
@@ -62,7 +61,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width, resamp_with_conv)
             self.down.append(level)
         self.mid = Middle(widths[-1], dropout, attn_type != "none")
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm_silu(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class Encoder(nn.Module):
             h = _run(level, h)
             if i < len(self.down) - 1:
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -112,7 +111,7 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Upsample(width, resamp_with_conv)
             self.up.append(level)
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm_silu(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ class Decoder(nn.Module):
                 h = self.up[i].upsample(h)
         if self.give_pre_end:
             return h
-        image = self.conv_out(F.silu(self.norm_out(h)))
+        image = self.conv_out(self.norm_out(h))
         return torch.tanh(image) if self.tanh_out else image
 
 
