@@ -6,7 +6,10 @@ sampler timesteps, and where it came from (seed, source checkpoint's SHA-256, th
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,8 @@ from torch import Tensor, nn
 
 from qdiff.adapters import Adapter, adapter_for
 from qdiff.files import save_safetensors
-from qdiff.layers import act_quantizers, quant_layers
-from qdiff.packing import pack_codes, unpack_codes
+from qdiff.layers import QuantLayer, act_quantizers, quant_layers
+from qdiff.packing import check_packed, pack_codes, unpack_codes
 from qdiff.spec import Recipe
 from qdiff.surgery import insert_quantizers
 
@@ -87,7 +90,22 @@ def save_checkpoint(
         "toolkit": __version__,
         **provenance,
     }
-    save_safetensors(packed_state(network), path, {"qdiff": json.dumps(about, sort_keys=True)})
+    state = packed_state(network)
+    about["digest"] = digest_of({key: tensor_hash(tensor) for key, tensor in state.items()})
+    save_safetensors(state, path, {"qdiff": json.dumps(about, sort_keys=True)})
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, dtype and shape."""
+    data = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
+    found.update(data.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def digest_of(hashes: dict[str, str]) -> str:
+    """One checksum of named tensors, whatever their order."""
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -107,38 +125,84 @@ def read_about(path: str | Path) -> dict[str, Any]:
     return about
 
 
+class PackedFile:
+    """A checkpoint that is being read: `network` has everything but the weights of quantized layers.
+
+    Those are on the meta device until `layers` has handed over their codes, one layer after the other, so that no more
+    of the network is in memory than its reader keeps. Raises FileNotFoundError, or ValueError naming the file, what was
+    expected and what was found.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.about = path, read_about(path)
+        self._hashes: dict[str, str] = {}
+        try:
+            self.recipe, self.adapter = Recipe.from_dict(self.about["recipe"]), adapter_for(self.about["family"])
+            steps = self.about["timesteps"]
+            timesteps = None if steps is None else torch.tensor(steps, dtype=torch.float64)
+            with torch.device("meta"):
+                network = self.adapter.build(self.about["config"])
+            self.network = insert_quantizers(network, self.recipe, self.adapter, timesteps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its description does not make a network: {error}") from error
+        self._file = safe_open(path, "pt")
+        self._layers = {f"{n}.codes": m for n, m in quant_layers(self.network).items() if m.weight_quantizers}
+        self._read_float_part()
+
+    def _tensor(self, key: str) -> Tensor:
+        tensor = self._file.get_tensor(key)
+        self._hashes[key] = tensor_hash(tensor)
+        return tensor
+
+    def _read_float_part(self) -> None:
+        keys = set(self._file.keys())
+        codes = {key for key in keys if key.endswith(".codes")}
+        expected = self.network.state_dict().keys() - {key.replace(".codes", ".weight") for key in self._layers}
+        _compare(self.path, "tensors", expected, keys - codes)
+        _compare(self.path, "codes", self._layers.keys(), codes)
+        state = {key: self._tensor(key).float() for key in sorted(keys - codes)}
+        with self._fitting():
+            self.network.load_state_dict(state, strict=False, assign=True)
+        for quantizer in act_quantizers(self.network).values():
+            quantizer.enabled = True
+        self.network.requires_grad_(False)
+
+    def layers(self) -> Iterator[tuple[str, QuantLayer, Tensor]]:
+        """(name, layer, packed codes [bytes] uint8) of every layer with a quantized weight."""
+        for key, layer in self._layers.items():
+            with self._fitting():
+                packed, spec = self._tensor(key), layer.weight_quantizers[0].spec
+                check_packed(packed, spec.bits, layer.weight.shape)
+            yield key.removesuffix(".codes"), layer, packed
+
+    def finish(self) -> Checkpoint:
+        """The checkpoint, once the layers have been read. Raises ValueError where the tensors are not those written."""
+        written = self.about.get("digest")
+        if written is not None and written != digest_of(self._hashes):
+            raise ValueError(f"{self.path}: damaged: its tensors are not those that were written (checksum)")
+        kept = {key: value for key, value in self.about.items() if key not in ("config", "recipe", "digest")}
+        return Checkpoint(self.network.eval(), self.adapter, self.recipe, kept)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: its tensors do not fit the network it describes: {reason}") from error
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Rebuild a calibrated network on the CPU in float32, in eval mode, weights folded. No float model is needed.
 
     Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
-    about = read_about(path)
-    try:
-        recipe, adapter = Recipe.from_dict(about["recipe"]), adapter_for(about["family"])
-        timesteps = None if about["timesteps"] is None else torch.tensor(about["timesteps"], dtype=torch.float64)
-        network = insert_quantizers(adapter.build(about["config"]), recipe, adapter, timesteps)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its description does not make a network: {error}") from error
-    with safe_open(path, "pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    codes = {key: state.pop(key) for key in list(state) if key.endswith(".codes")}
-    layers = {f"{n}.codes": m for n, m in quant_layers(network).items() if m.weight_quantizers}
-    expected = network.state_dict().keys() - {key.replace(".codes", ".weight") for key in layers}
-    _compare(path, "tensors", expected, state.keys())
-    _compare(path, "codes", layers.keys(), codes.keys())
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
-        for key, layer in layers.items():
-            spec = layer.weight_quantizers[0].spec
-            layer.freeze(unpack_codes(codes[key], spec.bits, layer.weight.shape, spec.lo))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: its tensors do not fit the network it describes: {reason}") from error
-    for quantizer in act_quantizers(network).values():
-        quantizer.enabled = True
-    network.requires_grad_(False)
-    kept = {key: value for key, value in about.items() if key not in ("config", "recipe")}
-    return Checkpoint(network.eval(), adapter, recipe, kept)
+    file = PackedFile(path)
+    for _, layer, packed in file.layers():
+        spec = layer.weight_quantizers[0].spec
+        layer.materialize()
+        layer.freeze(unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo))
+    return file.finish()
 
 
 def _compare(path: str | Path, what: str, expected: set[str], found: set[str]) -> None:

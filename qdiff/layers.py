@@ -98,6 +98,12 @@ class QuantLayer(nn.Module):
         self.fold()
         self.frozen = True
 
+    def materialize(self) -> None:
+        """Give weight and codes, on the meta device until now, memory beside the scales."""
+        device = self.weight_quantizers[0].scale.device
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
+        self.codes = torch.empty_like(self.codes, device=device)
+
     @torch.no_grad()
     def fold(self) -> None:
         """Compute the weight from the codes, in the scales' dtype."""

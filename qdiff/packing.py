@@ -28,16 +28,22 @@ def pack_codes(codes: Tensor, bits: int, lo: int = 0) -> Tensor:
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
 
 
-def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], lo: int = 0) -> Tensor:
-    """The inverse of `pack_codes`: integers of the given shape, uint8 for lo = 0 and int8 otherwise.
-
-    Raises ValueError when the number of bytes does not fit.
-    """
+def check_packed(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise ValueError unless `packed` has as many bytes as codes of that shape take."""
     count = int(np.prod(shape))
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(
             f"{count} codes of {bits} bits: expected {packed_bytes(count, bits)} bytes, found {packed.numel()}"
         )
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], lo: int = 0) -> Tensor:
+    """The inverse of `pack_codes`: integers of the given shape, uint8 for lo = 0 and int8 otherwise.
+
+    Raises ValueError when the number of bytes does not fit.
+    """
+    check_packed(packed, bits, shape)
+    count = int(np.prod(shape))
     planes = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
     levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0]).view(tuple(shape))
     return levels if lo == 0 else (levels.to(torch.int16) + lo).to(torch.int8)

@@ -47,7 +47,8 @@ def insert_quantizers(
         for name, product in adapter.attention_products(network).items():
             quantized = QuantAttention(product, operand_spec, softmax_spec(recipe), steps)
             network.set_submodule(name, quantized.to(next(network.parameters()).device).train(product.training))
-    network.step_table = steps.to(next(network.parameters()).device).train(network.training)
+    device = next(network.parameters()).device
+    network.step_table = (steps if device.type == "meta" else steps.to(device)).train(network.training)
     network.register_forward_pre_hook(_tell_timesteps, with_kwargs=True)
     network.register_forward_hook(_forget_timesteps, always_call=True)
     return network.to(next(network.parameters()).dtype)
