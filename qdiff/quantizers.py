@@ -24,6 +24,25 @@ from qdiff.steps import StepTable
 MIN_SCALE = 1e-8  # learned scales are kept at or above it
 
 
+def per_sample(values: Tensor, x: Tensor, steps: StepTable, channel_axis: int) -> Tensor:
+    """values: [groups] or [groups, C], C the width of x's `channel_axis`. Returns the running batch's, broadcastable
+    to x."""
+    index = steps.index
+    if values.shape[0] == 1:
+        chosen = values
+    elif index is None:
+        raise RuntimeError("parameter sets per step: the batch's timesteps were not given to the StepTable")
+    elif len(index) == 1:
+        chosen = values[index]
+    else:  # heads folded into the batch axis repeat each sample's set
+        chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
+    if values.dim() == 1:
+        return chosen.view(-1, *[1] * (x.dim() - 1)) if chosen.shape[0] > 1 else chosen
+    shape = [1] * x.dim()
+    shape[0], shape[channel_axis] = chosen.shape
+    return chosen.view(shape)
+
+
 class ActQuantizer(nn.Module):
     """Snaps activations to a grid with one parameter set per group of denoising steps.
 
@@ -62,20 +81,7 @@ class ActQuantizer(nn.Module):
 
     def per_sample(self, values: Tensor, x: Tensor) -> Tensor:
         """values: [groups] or [groups, C]. Returns the running batch's, broadcastable to x."""
-        index = self.steps.index
-        if values.shape[0] == 1:
-            chosen = values
-        elif index is None:
-            raise RuntimeError("parameter sets per step: the batch's timesteps were not given to the StepTable")
-        elif len(index) == 1:
-            chosen = values[index]
-        else:  # heads folded into the batch axis repeat each sample's set
-            chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
-        if values.dim() == 1:
-            return chosen.view(-1, *[1] * (x.dim() - 1)) if chosen.shape[0] > 1 else chosen
-        shape = [1] * x.dim()
-        shape[0], shape[self.channel_axis] = chosen.shape
-        return chosen.view(shape)
+        return per_sample(values, x, self.steps, self.channel_axis)
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor, group: int | None = None) -> None:

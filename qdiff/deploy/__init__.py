@@ -1,0 +1,1 @@
+"""A calibrated network run for real: integer products, GPU kernels, ONNX."""

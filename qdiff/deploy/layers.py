@@ -1,0 +1,262 @@
+"""Layers that hold integer codes and compute with them; the network around them stays the family's own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdiff.arithmetic import fake_quantize
+from qdiff.deploy.integer import accumulate, centred_codes
+from qdiff.layers import QuantAttention, QuantConv, QuantLayer
+from qdiff.packing import pack_codes, unpack_codes
+from qdiff.quantizers import ActQuantizer, per_sample
+from qdiff.spec import QuantSpec
+from qdiff.steps import StepTable
+
+ATTENTION_POLICIES = ("integer", "float")
+
+
+class OperandGrid(nn.Module):
+    """The grid of one operand, with a parameter set per group of steps.
+
+    act_scale float32 and act_zero int32: [groups], or [groups, channels] for a grid per input channel.
+    """
+
+    def __init__(self, quantizer: ActQuantizer, steps: StepTable) -> None:
+        super().__init__()
+        self.act_spec, self.channel_axis = quantizer.spec, quantizer.channel_axis
+        self.register_buffer("act_scale", quantizer.scale.detach().clone())
+        self.register_buffer("act_zero", quantizer.zero_point.to(torch.int32))
+        self._steps = (steps,)  # in a tuple: the table is the network's
+
+    @property
+    def steps(self) -> StepTable:
+        """The table that says which parameter set a sample takes."""
+        return self._steps[0]
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether every input channel has a scale of its own, which no integer product can be factored out of."""
+        return self.act_scale.dim() > 1
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The running batch's scales in x's dtype, broadcastable to x."""
+        return per_sample(self.act_scale, x, self.steps, self.channel_axis).to(x.dtype)
+
+    def zero_point(self, x: Tensor) -> Tensor:
+        """The running batch's zero points in x's dtype, broadcastable to x."""
+        return per_sample(self.act_zero, x, self.steps, self.channel_axis).to(x.dtype)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x: [N, C, ...] or [N, ..., C]. Returns code - zero_point of every element, whole, in x's dtype."""
+        return centred_codes(x, self.scale(x), self.zero_point(x), self.act_spec)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """x on its grid, as the simulation has it."""
+        return fake_quantize(x, self.scale(x), self.zero_point(x), self.act_spec)
+
+
+class IntegerPart(nn.Module):
+    """One part of a layer: all its input channels, or one side of a split shortcut.
+
+    packed: uint8 [bytes], the codes [O, channels, ...] as `qdiff.packing` packs them; weight_scale float32 [O];
+    weight_zero int32 [O]; `grid` of the input, None where that stays float.
+    """
+
+    def __init__(
+        self,
+        channels: slice,
+        weight_spec: QuantSpec,
+        shape: tuple[int, ...],
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: OperandGrid | None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.weight_spec, self.shape = channels, weight_spec, tuple(shape)
+        self.grid = grid
+        self.register_buffer("packed", packed)
+        self.register_buffer("weight_scale", scale.detach().float().flatten().expand(shape[0]).contiguous())
+        zero_point = zero_point.to(torch.int32).flatten().expand(shape[0])
+        self.register_buffer("weight_zero", zero_point.contiguous())
+
+    @property
+    def act_spec(self) -> QuantSpec | None:
+        """Of the input's grid."""
+        return None if self.grid is None else self.grid.act_spec
+
+    @property
+    def act_scale(self) -> Tensor | None:
+        """[groups] or [groups, channels]."""
+        return None if self.grid is None else self.grid.act_scale
+
+    @property
+    def act_zero(self) -> Tensor | None:
+        """The same shape."""
+        return None if self.grid is None else self.grid.act_zero
+
+    @property
+    def integer(self) -> bool:
+        """Whether input and weight have grids of which an integer product can be made."""
+        return self.grid is not None and not self.grid.per_channel
+
+    @property
+    def terms(self) -> int:
+        """Products in each of the layer's sums."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+    def codes(self) -> Tensor:
+        """[O, channels, ...] int16, in [lo, hi]."""
+        spec = self.weight_spec
+        return unpack_codes(self.packed, spec.bits, self.shape, spec.lo).to(self.packed.device, torch.int16)
+
+    def centred(self) -> Tensor:
+        """[O, channels, ...] int16: code - zero point."""
+        return self.codes() - self._rows(self.weight_zero).to(torch.int16)
+
+    def weight(self) -> Tensor:
+        """[O, channels, ...] in the scales' dtype: the weights that the codes stand for."""
+        return self.centred().to(self.weight_scale.dtype) * self._rows(self.weight_scale)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (len(self.shape) - 1))
+
+
+class IntegerLayer(nn.Module):
+    """y = sum over parts of s_w s_a sum (q_w - z_w)(q_a - z_a), plus bias; sums in int32.
+
+    Where the input has no grid, or one per channel, the snapped input meets the dequantized weight of one layer at a
+    time.
+    """
+
+    kind, channel_axis = "", 1
+
+    def __init__(self, bias: nn.Parameter | None, parts: list[IntegerPart], steps: StepTable) -> None:
+        super().__init__()
+        self.bias = bias
+        self.parts = nn.ModuleList(parts)
+        self._steps = (steps,)
+
+    @property
+    def steps(self) -> StepTable:
+        """The table that says which parameter set a sample takes."""
+        return self._steps[0]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's linear map without its bias."""
+        raise TypeError(f"{type(self).__name__} has no product")
+
+    def rows(self, values: Tensor) -> Tensor:
+        """values: [O], one per output channel. Returns them broadcastable to the output."""
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+    def accumulators(self, part: IntegerPart, x: Tensor) -> Tensor:
+        """x: the part's input, float. Returns the int32 sums of its products of codes, of the output's shape."""
+        return accumulate(part.grid.centred(x), part.centred(), part.terms, self.product)
+
+    def forward_part(self, part: IntegerPart, x: Tensor) -> Tensor:
+        """x: the part's input. Returns its share of the output, in x's dtype."""
+        if not part.integer:
+            snapped = x if part.grid is None else part.grid.snap(x)
+            return self.product(snapped, part.weight().to(x.dtype))
+        scale = part.grid.scale(x) * self.rows(part.weight_scale.to(x.dtype))
+        return self.accumulators(part, x).to(x.dtype).mul_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = (self.forward_part(part, x_part) for part, x_part in zip(self.parts, self.split(x), strict=True))
+        out = next(shares)
+        for share in shares:
+            out = out.add_(share)
+        return out if self.bias is None else out.add_(self.rows(self.bias.to(x.dtype)))
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The input's channels, part by part."""
+        axis = self.channel_axis % x.dim()
+        return [x.narrow(axis, p.channels.start, p.channels.stop - p.channels.start) for p in self.parts]
+
+
+class IntegerConv(IntegerLayer):
+    """A Conv1d or Conv2d of codes. Padding has value 0, hence centred code 0."""
+
+    kind = "conv"
+
+    def __init__(self, layer: QuantConv, parts: list[IntegerPart], steps: StepTable) -> None:
+        super().__init__(layer.bias, parts, steps)
+        self.kernel_size = layer.kernel_size
+        self.stride, self.padding, self.dilation = (layer.geometry[k] for k in ("stride", "padding", "dilation"))
+        self._convolve = F.conv2d if len(parts[0].shape) == 4 else F.conv1d
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(x, weight, None, self.stride, self.padding, self.dilation)
+
+    def rows(self, values: Tensor) -> Tensor:
+        return values.view(1, -1, *[1] * len(self.kernel_size))
+
+
+class IntegerLinear(IntegerLayer):
+    """A Linear of codes; the input's channels are its last axis."""
+
+    kind, channel_axis = "linear", -1
+
+    def __init__(self, layer: QuantLayer, parts: list[IntegerPart], steps: StepTable) -> None:
+        super().__init__(layer.bias, parts, steps)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def rows(self, values: Tensor) -> Tensor:
+        return values
+
+
+class IntegerAttention(nn.Module):
+    """Attention products of codes: scores s_q s_k sum (q_q - z_q)(q_k - z_k), softmax, and its codes with those of v.
+
+    `policy` "float": q, k and v are snapped to their grids, and the softmax output is not (fused attention kernels).
+    """
+
+    def __init__(self, layer: QuantAttention, steps: StepTable, policy: str = "integer") -> None:
+        super().__init__()
+        if policy not in ATTENTION_POLICIES:
+            raise ValueError(f"attention policy: expected {' or '.join(ATTENTION_POLICIES)}, found {policy!r}")
+        self.operand_scale, self.score_scale, self.policy = layer.operand_scale, layer.score_scale, policy
+        for operand in "qkvw":
+            setattr(self, operand, OperandGrid(getattr(layer, f"act_quantizer_{operand}"), steps))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [..., L, d]; k: [..., S, d]; v: [..., S, e]. Returns [..., L, e]."""
+        if self.operand_scale != 1.0:
+            q, k = q * self.operand_scale, k * self.operand_scale
+        if self.policy == "float":
+            operands = self.q.snap(q), self.k.snap(k), self.v.snap(v)
+            return F.scaled_dot_product_attention(*operands, scale=self.score_scale)
+        scores = _matmul(self.q, q, self.k, k, transposed=True) * self.score_scale
+        return _matmul(self.w, scores.softmax(-1), self.v, v, transposed=False)
+
+
+def _matmul(a_grid: OperandGrid, a: Tensor, b_grid: OperandGrid, b: Tensor, transposed: bool) -> Tensor:
+    """The product of two operands, of the second's transpose if `transposed`, through their codes."""
+    b_codes = b_grid.centred(b)
+    sums = accumulate(
+        a_grid.centred(a), b_codes.transpose(-1, -2) if transposed else b_codes, a.shape[-1], torch.matmul
+    )
+    return sums.to(a.dtype).mul_(a_grid.scale(a) * b_grid.scale(b))
+
+
+def packed_parts(layer: QuantLayer, codes: Tensor, steps: StepTable) -> list[IntegerPart]:
+    """The parts of a calibrated layer with the given codes [O, C, ...]; the layer's own may be absent (meta)."""
+    quantizers = layer.act_quantizers
+    parts = []
+    for i, (channels, quantizer) in enumerate(zip(layer.slices, layer.weight_quantizers, strict=True)):
+        spec, own = quantizer.spec, codes[:, channels]
+        grid = OperandGrid(quantizers[i], steps) if quantizers and quantizers[i].enabled else None
+        packed = pack_codes(own, spec.bits, spec.lo).to(codes.device)
+        parts.append(IntegerPart(channels, spec, own.shape, packed, quantizer.scale, quantizer.zero_point, grid))
+    return parts
+
+
+def integer_layer(layer: QuantLayer, codes: Tensor, steps: StepTable) -> IntegerLayer:
+    """The layer with the given codes [O, C, ...], without its float weight."""
+    kind = IntegerConv if isinstance(layer, QuantConv) else IntegerLinear
+    return kind(layer, packed_parts(layer, codes, steps), steps).train(layer.training)
