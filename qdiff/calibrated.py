@@ -22,6 +22,7 @@ from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.commandline import bits_label, chosen_recipe, method_options, tensor_float32
+from qdiff.deploy.convert import load_integer, quantizes_activations
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import for_given_weights
 from qdiff.names import matching
@@ -259,8 +260,7 @@ def needs_rollouts(recipe: Recipe) -> bool:
 def warn_of_other_sampler(network: nn.Module, timesteps: Tensor) -> None:
     """Say it where parameter sets per step were calibrated for another sampler than timesteps [S] are of."""
     table = getattr(network, "step_table", None)
-    quantized = any(quantizer.enabled for quantizer in act_quantizers(network).values())
-    if table is None or not quantized or table.made_for(timesteps):
+    if table is None or not quantizes_activations(network) or table.made_for(timesteps):
         return
     found = f"{table.count} parameter sets for a sampler of {len(table.known)} timesteps"
     logger.warning("the network has %s, this one has %d: each takes the set of the nearest", found, len(timesteps))
@@ -303,7 +303,10 @@ def load_calibrated(
 def _load_native(
     args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
 ) -> tuple[nn.Module, Recipe]:
-    found = load_checkpoint(path)
+    if getattr(args, "runtime", "simulate") in ("integer", "onnx"):  # these never hold the float weights
+        found = load_integer(path, activations=activations)
+    else:
+        found = load_checkpoint(path)
     if found.adapter.family != adapter.family:
         raise ValueError(
             f"{path}: made for a {found.adapter.family} model, the configuration is of a {adapter.family} one"

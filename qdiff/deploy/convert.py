@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qdiff.checkpoints import Checkpoint, PackedFile
-from qdiff.deploy.layers import ATTENTION_POLICIES, IntegerAttention, integer_layer
-from qdiff.layers import QuantAttention, QuantLayer
+from qdiff.deploy.layers import ATTENTION_POLICIES, IntegerAttention, OperandGrid, integer_layer
+from qdiff.layers import QuantAttention, QuantLayer, act_quantizers
 from qdiff.packing import unpack_codes
 from qdiff.steps import StepTable
 
@@ -48,12 +48,16 @@ def integer_network(network: nn.Module, attention: str = "integer") -> nn.Module
 
 
 @torch.no_grad()
-def load_integer(path: str | Path, attention: str | None = None) -> Checkpoint:
+def load_integer(path: str | Path, attention: str | None = None, activations: bool = True) -> Checkpoint:
     """What `integer_network` makes of a packed checkpoint, read layer by layer: float weights are never held.
 
-    attention: a policy, None for the one that the file records. Raises what `load_checkpoint` raises.
+    attention: a policy, None for the one that the file records. activations: whether to quantize them. Raises what
+    `load_checkpoint` raises.
     """
     file = PackedFile(path)
+    if not activations:
+        for quantizer in act_quantizers(file.network).values():
+            quantizer.enabled = False
     attention = attention or file.about.get("attention", ATTENTION_POLICIES[0])
     for name, layer, packed in file.layers():
         spec = layer.weight_quantizers[0].spec
@@ -65,6 +69,12 @@ def load_integer(path: str | Path, attention: str | None = None) -> Checkpoint:
         if found is not None:
             file.network.set_submodule(name, found)
     return file.finish()
+
+
+def quantizes_activations(network: nn.Module) -> bool:
+    """Whether a network, simulated or integer, has a grid for some activation."""
+    simulated = any(quantizer.enabled for quantizer in act_quantizers(network).values())
+    return simulated or any(isinstance(module, OperandGrid) for module in network.modules())
 
 
 def is_integer(network: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qdiff.files
 from qdiff.checkpoints import load_checkpoint, read_about, save_checkpoint
+from qdiff.deploy.convert import load_integer
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
 from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
@@ -291,3 +292,23 @@ def test_a_damaged_header_never_gives_another_kind_of_error(saved, tmp_path, dat
         load_checkpoint(path)
     except ValueError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@given(data=st.data())
+def test_no_damaged_tensor_goes_unnoticed(saved, tmp_path, data):
+    """Flip a byte behind the header: it would be another weight, scale or bias."""
+    path = tmp_path / "damaged.safetensors"
+    content = bytearray(saved()[1].read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[data.draw(st.integers(start, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    for load in (load_checkpoint, load_integer):
+        with pytest.raises(ValueError, match="damaged: its tensors are not those that were written|do not fit"):
+            load(path)
+
+
+def test_files_from_before_the_checksum_still_load(saved, states):
+    network, path = saved()
+    rewrite(path, {"digest": None})
+    assert torch.equal(load_checkpoint(path).network(states.x, states.t), network(states.x, states.t))
