@@ -20,6 +20,7 @@ SCRIPTS = {
     "check_prompts": (),
     "compare_methods": (),
     "check_checkpoint": (),
+    "sensitivity": (),
     "benchmark": ("simulate",),
 }
 
