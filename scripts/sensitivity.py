@@ -129,15 +129,13 @@ def choose_bits(args: argparse.Namespace, found: Sensitivity) -> list[int]:
     acts = FLOAT_BITS if args.act_bit == 32 else args.act_bit
     if args.budget_gbops is not None:
         costs = np.array([[bit_operations(int(p), bits, acts) for bits in found.bits] for p in found.products])
-        flag, budget, unit = "--budget_gbops", int(args.budget_gbops * 1e9), 1e9
+        flag, given, budget, unit = "--budget_gbops", args.budget_gbops, int(args.budget_gbops * 1e9), 1e9
     else:
-        costs, flag, unit = found.stored.numpy(), "--budget_mib", MIB
-        budget = int(costs[:, uniform].sum() if args.budget_mib is None else args.budget_mib * MIB)
+        costs, flag, given, unit = found.stored.numpy(), "--budget_mib", args.budget_mib, MIB
+        budget = int(costs[:, uniform].sum() if given is None else given * MIB)
     cheapest = costs.min(1).sum()
     if cheapest > budget:
-        raise ValueError(
-            f"{flag} {budget / unit:.4g}: expected at least {cheapest / unit:.4g}, all units at the fewest bits"
-        )
+        raise ValueError(f"{flag} {given:g}: expected at least {cheapest / unit:.4g}, all units at the fewest bits")
     return [found.bits[column] for column in allocate(errors, costs, budget)]
 
 
