@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import resource
@@ -57,13 +58,16 @@ class _Pace:
 class CalibrationLog(BarProgress):
     """The bar, and a line per learned unit in a file: what it is, how its loss and error went, pace, peak memory.
 
-    `remaining_seconds` is for the running stage, from the mean time of the units that learned in this process.
+    `remaining_seconds` is for the running stage, from the mean time of the units that learned in this process. With
+    `tensorboard` the same numbers, and every loss, go to the folder's tensorboard/ too.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, tensorboard: bool = False) -> None:
+        """Raises ValueError where TensorBoard is asked for and not installed."""
         super().__init__()
         self.path, self.device = folder / LOG_NAME, device
         self._pace: _Pace | None = None
+        self._events = event_logger(folder) if tensorboard else None
 
     def unit(self, report: UnitReport, done: int, total: int, restored: bool = False) -> None:
         if restored:  # its line was written before the interruption
@@ -90,6 +94,30 @@ class CalibrationLog(BarProgress):
         }
         with self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            self._log_events(report, done)
+
+    def _log_events(self, report: UnitReport, done: int) -> None:
+        """A curve of losses for each unit, and one of errors over the units, by the number of units done."""
+        for step, loss in report.losses:
+            self._events.log_metrics({f"loss_of_stage_{report.stage}/{report.unit}": loss}, step)
+        found = {"error_before": report.before, "error_after": report.after, "seconds": report.seconds}
+        self._events.log_metrics({f"stage_{report.stage}/{name}": value for name, value in found.items()}, done)
+        self._events.save()
+
+
+def check_tensorboard() -> None:
+    """Raise ValueError where --tensorboard is asked for and nothing can write its files."""
+    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise ValueError("--tensorboard: needs TensorBoard, found none: pip install '.[tensorboard]'")
+
+
+def event_logger(folder: Path):
+    """Lightning's logger for TensorBoard, into the folder's tensorboard/. Raises what `check_tensorboard` raises."""
+    check_tensorboard()
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(folder, name="tensorboard", version="")
 
 
 def plot_losses(reports: list[UnitReport], path: Path) -> None:
