@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from qdiff.adapters.feeds import NormFeed
 from qdiff.names import Roles
 
 
@@ -54,6 +55,9 @@ class Adapter(Protocol):
 
     def roles(self, network: nn.Module) -> Roles:
         """The layers of each role in `qdiff.names.ROLES`, by dotted name; also of a network with quantizers."""
+
+    def norm_feeds(self, network: nn.Module) -> list[NormFeed]:
+        """The norms whose output is read by layers alone, with these; also of a network with other layer classes."""
 
     def published_name(self, quantizer: str) -> str:
         """The name that Q-Diffusion's checkpoints give an activation quantizer of ours."""

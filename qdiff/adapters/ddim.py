@@ -11,6 +11,7 @@ from ddim.chain import Segment, State
 from ddim.layers import AttnBlock, ResnetBlock
 from ddim.network import DDPMUNet
 from qdiff.adapters.base import roles_of
+from qdiff.adapters.feeds import NormFeed
 from qdiff.names import Roles
 
 
@@ -67,6 +68,15 @@ class DDIMAdapter:
             attention=[f"{name}.{operand}" for name in attentions for operand in "qkv"],
             feed_forward=[],
         )
+
+    def norm_feeds(self, network: DDPMUNet) -> list[NormFeed]:
+        feeds = [NormFeed("norm_out", ("conv_out",), silu=True)]
+        for name, block in network.named_modules():
+            if isinstance(block, ResnetBlock):
+                feeds += [NormFeed(f"{name}.norm{i}", (f"{name}.conv{i}",), silu=True) for i in (1, 2)]
+            elif isinstance(block, AttnBlock):
+                feeds.append(NormFeed(f"{name}.norm", tuple(f"{name}.{operand}" for operand in "qkv")))
+        return feeds
 
     def published_name(self, quantizer: str) -> str:
         return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")

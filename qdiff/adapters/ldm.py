@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddim.attention import DotProductAttention
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.blocks import ResBlock
+from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from ldm.modules.diffusionmodules.blocks import AttentionBlock, ResBlock
 from ldm.modules.diffusionmodules.chain import LatentState, Segment
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from qdiff.adapters.base import roles_of
+from qdiff.adapters.feeds import NormFeed
 from qdiff.names import Roles
 
 # Options that change how a network is trained, not what it computes.
@@ -72,6 +73,25 @@ class LatentAdapter:
             feed_forward=[name for name in names if re.search(r"\.ff\.net\.(0\.proj|2)$", name)],
         )
 
+    def norm_feeds(self, network: UNetModel) -> list[NormFeed]:
+        feeds = [NormFeed("out.0", ("out.2",), silu=True, activation="out.1")]
+        for name, block in network.named_modules():
+            if isinstance(block, ResBlock):
+                feeds += _block_feeds(name, block)
+            elif isinstance(block, AttentionBlock):
+                feeds.append(NormFeed(f"{name}.norm", (f"{name}.qkv",)))
+            elif isinstance(block, SpatialTransformer):
+                feeds.append(NormFeed(f"{name}.norm", (f"{name}.proj_in",)))
+            elif isinstance(block, BasicTransformerBlock):
+                first = "ff.net.0.proj" if isinstance(block.ff.net[0], GEGLU) else "ff.net.0.0"
+                # The second attention's keys and values see the context, which networks with transformers always have.
+                readers = {"norm1": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "norm2": ("attn2.to_q",)}
+                readers["norm3"] = (first,)
+                feeds += [
+                    NormFeed(f"{name}.{norm}", tuple(f"{name}.{n}" for n in read)) for norm, read in readers.items()
+                ]
+        return feeds
+
     def published_name(self, quantizer: str) -> str:
         if ".transformer_blocks." in quantizer:
             return quantizer.replace(".attention.act_quantizer_", ".act_quantizer_")
@@ -80,3 +100,13 @@ class LatentAdapter:
 
     def published_softmax_kind(self, network: UNetModel, act_kind: str) -> str:
         return "signed" if act_kind == "signed" and network.config["use_spatial_transformer"] else "unsigned"
+
+
+def _block_feeds(name: str, block: ResBlock) -> list[NormFeed]:
+    """Norms of a residual block; a resampling, or the embedding's scale and shift, may stand before the convolution."""
+    feeds = []
+    if isinstance(block.resample, nn.Identity):
+        feeds.append(NormFeed(f"{name}.in_layers.0", (f"{name}.in_layers.2",), True, f"{name}.in_layers.1"))
+    if not block.use_scale_shift_norm:
+        feeds.append(NormFeed(f"{name}.out_layers.0", (f"{name}.out_layers.3",), True, f"{name}.out_layers.1"))
+    return feeds

@@ -1,0 +1,94 @@
+"""Kernels or plain 16-bit layers, by injected times; nothing runs on kernels here."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from qdiff.deploy.convert import integer_network
+from qdiff.deploy.kernels import choose as choosing
+from qdiff.deploy.kernels.choose import ChosenAtFirstCall, choose
+from qdiff.deploy.kernels.convert import to_kernels
+from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, KernelNorm
+from qdiff.deploy.layers import IntegerAttention, IntegerLayer
+from qdiff.spec import QuantSpec, Recipe
+from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+
+STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
+W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=STAGES)
+
+
+@pytest.fixture
+def integer(quantized):
+    return integer_network(quantized(W8A8))
+
+
+@pytest.fixture
+def batch(generator):
+    return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([950, 50])
+
+
+def alternating(integer_ms, float_ms):
+    """A timer that runs nothing: kernels are timed first, plain layers second."""
+    times = iter((integer_ms, float_ms) * 1000)
+    return lambda run: next(times)
+
+
+def quantized_modules(network):
+    return {name for name, m in network.named_modules() if isinstance(m, (IntegerLayer, IntegerAttention))}
+
+
+@pytest.mark.parametrize("times, expected", [((1.0, 2.0), "integer"), ((2.0, 1.0), "float")], ids=["faster", "slower"])
+def test_every_layer_gets_the_faster_form(integer, adapter, batch, times, expected):
+    before, state = quantized_modules(integer), {k: v.clone() for k, v in integer.state_dict().items()}
+    table = choose(integer, adapter, batch, torch.float16, alternating(*times))
+    names = [name for choice in table for name in choice.names]
+    assert sorted(names) == sorted(before) and len(table) < len(before)
+    assert {choice.chosen for choice in table} == {expected}
+    assert quantized_modules(integer) == before and integer.step_table.index is None
+    assert all(torch.equal(v, state[k]) for k, v in integer.state_dict().items())
+    network = to_kernels(integer, adapter, torch.float32, dict.fromkeys(names, expected))
+    kernels = [m for m in network.modules() if isinstance(m, (KernelLayer, KernelNorm, KernelAttention))]
+    assert bool(kernels) == (expected == "integer")
+
+
+def test_readers_of_one_norm_are_decided_together(integer, adapter, batch):
+    table = choose(integer, adapter, batch, torch.float16, alternating(1.0, 2.0))
+    together = [choice for choice in table if "mid.attn_1.q" in choice.names]
+    assert len(together) == 1 and {"mid.attn_1.k", "mid.attn_1.v"} <= set(together[0].names)
+    assert together[0].integer_ms == 3.0 and together[0].float_ms == 6.0
+
+
+def test_the_shapes_that_are_timed_are_those_of_the_network(integer, adapter, batch):
+    expected = {}
+    for name in quantized_modules(integer):
+        hook = integer.get_submodule(name).register_forward_hook
+        hook(lambda _, args, out, name=name: expected.__setitem__(name, tuple(tuple(x.shape) for x in args)))
+    integer(*batch)
+    assert choosing._shapes_of(integer, batch) == expected
+
+
+def test_the_choice_is_made_at_the_first_call_and_reported(integer, adapter, batch):
+    lines = []
+    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, alternating(2.0, 1.0))
+    first = network(*batch)
+    assert first.shape == batch[0].shape and lines and all("taking float" in line for line in lines)
+    made = len(lines)
+    assert torch.equal(network(*batch), first) and len(lines) == made
+
+
+def test_without_triton_there_is_one_clear_line(integer, adapter, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="need Triton, found none"):
+        to_kernels(integer, adapter)
+
+
+def test_no_float_activations_no_difference(quantized, adapter, batch):
+    """Chosen to be plain throughout, a network computes what its weight-only form does."""
+    weights_only = replace(W8A8, activations=None, stages=STAGES[:1])
+    simulated = quantized(weights_only)
+    integer = integer_network(simulated)
+    names = dict.fromkeys(quantized_modules(integer), "float")
+    found = to_kernels(integer, adapter, torch.float32, names)(*batch)
+    assert float((found - simulated(*batch)).norm() / found.norm()) < 1e-5
