@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,15 +165,17 @@ def _shapes_of(network: nn.Module, arguments: tuple[Tensor, ...]) -> dict[str, S
 
 class ChosenAtFirstCall(Deferred):
     """An integer network that takes kernels, or plain 16-bit layers where these are faster, when the first batch shows
-    its sizes; `report` hears a line per kind of layer. The integer network is given up."""
+    its sizes. What has been put together so is then held against the plain 16-bit network, eager and compiled, and the
+    fastest of the three runs; `report` hears a line per kind of layer, and one of the whole. The others are given up.
+    """
 
     def __init__(
         self, network: nn.Module, adapter: Adapter, report: Callable[[str], None],
-        dtype: torch.dtype = torch.float16, timer: Timer | None = None,
+        dtype: torch.dtype = torch.float16, timer: Timer | None = None, compiler: Callable | None = torch.compile,
     ) -> None:  # fmt: skip
-        """timer: None measures on the device."""
+        """timer: None measures on the device; compiler: None leaves the compiled network out."""
         super().__init__(network.step_table)
-        self._waiting: tuple | None = (network, adapter, report, dtype, timer)
+        self._waiting: tuple | None = (network, adapter, report, dtype, timer, compiler)
         self._chosen: tuple[nn.Module, ...] = ()
 
     @torch.no_grad()
@@ -180,12 +183,28 @@ class ChosenAtFirstCall(Deferred):
         """x: [N, C, H, W]; t: [N]; context: what the network is conditioned on. Returns the predicted noise."""
         arguments = (x, t) if context is None else (x, t, context)
         if self._waiting is not None:
-            network, adapter, report, dtype, timer = self._waiting
-            if timer is None:
-                from qdiff.deploy.kernels.tuning import on_device as timer
-            found = choose(network, adapter, arguments, dtype, timer)
-            for choice in found:
-                report(f"runtime auto: {choice}")
-            choices = {name: choice.chosen for choice in found for name in choice.names}
-            self._chosen, self._waiting = (to_kernels(network, adapter, dtype, choices),), None
+            self._chosen, self._waiting = (self._choose(arguments),), None
         return self._chosen[0](*arguments)
+
+    def _choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
+        network, adapter, report, dtype, timer, compiler = self._waiting
+        if timer is None:
+            from qdiff.deploy.kernels.tuning import on_device as timer
+        found = choose(network, adapter, arguments, dtype, timer)
+        for choice in found:
+            report(f"runtime auto: {choice}")
+        choices = {name: choice.chosen for choice in found for name in choice.names}
+        plain = to_kernels(copy.deepcopy(network), adapter, dtype, dict.fromkeys(choices, RUNS_FLOAT))
+        candidates = {"chosen layers": to_kernels(network, adapter, dtype, choices), "16-bit eager": plain}
+        if compiler is not None:
+            candidates["16-bit compiled"] = compiler(plain)
+        times = {}
+        for name, candidate in candidates.items():
+            try:
+                times[name] = timer(lambda candidate=candidate: candidate(*arguments))
+            except RuntimeError as error:  # of a compiler that is not there
+                report(f"runtime auto: {name}: does not run here: {str(error).splitlines()[0]}")
+        best = min(times, key=times.get)
+        shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        report(f"runtime auto: {shown} for {len(arguments[0])} samples; taking {best}")
+        return candidates[best]

@@ -71,11 +71,49 @@ def test_the_shapes_that_are_timed_are_those_of_the_network(integer, adapter, ba
 
 def test_the_choice_is_made_at_the_first_call_and_reported(integer, adapter, batch):
     lines = []
-    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, alternating(2.0, 1.0))
+    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, alternating(2.0, 1.0), None)
     first = network(*batch)
-    assert first.shape == batch[0].shape and lines and all("taking float" in line for line in lines)
+    assert first.shape == batch[0].shape and lines and all("taking float" in line for line in lines[:-1])
+    assert lines[-1] == "runtime auto: chosen layers 2.00 ms, 16-bit eager 1.00 ms for 2 samples; taking 16-bit eager"
     made = len(lines)
     assert torch.equal(network(*batch), first) and len(lines) == made
+
+
+@pytest.fixture
+def timed_layers(integer, adapter, batch):
+    """How often the timer is asked before whole networks are timed."""
+    asked = []
+    choose(integer, adapter, batch, torch.float32, lambda run: asked.append(run) or 1.0)
+    return len(asked)
+
+
+def test_a_compiled_network_that_is_faster_runs(integer, adapter, batch, timed_layers):
+    """Whole networks are timed after the layers: chosen, plain, compiled."""
+    lines, times = [], iter([1.0] * timed_layers + [3.0, 2.0, 1.5])
+
+    def compiled(plain):
+        return lambda *arguments: plain(*arguments) + 1
+
+    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, lambda run: next(times), compiled)
+    out = network(*batch)
+    assert lines[-1].endswith("taking 16-bit compiled") and float(out.mean()) > 0.5
+
+
+def test_a_compiler_that_fails_is_named_and_left_out(integer, adapter, batch, timed_layers):
+    def broken(plain):
+        def run(*arguments):
+            raise RuntimeError("no compiler\nmore")
+
+        return run
+
+    lines, times = [], iter([1.0] * timed_layers + [3.0, 2.0, None])
+
+    def timer(run):
+        found = next(times)
+        return run() if found is None else found
+
+    ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, timer, broken)(*batch)
+    assert "runtime auto: 16-bit compiled: does not run here: no compiler" in lines
 
 
 def test_without_triton_there_is_one_clear_line(integer, adapter, monkeypatch):
