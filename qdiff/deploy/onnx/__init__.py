@@ -1,0 +1,1 @@
+"""Calibrated networks as ONNX models, and ONNX Runtime as what runs them on a CPU."""

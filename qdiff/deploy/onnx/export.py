@@ -1,0 +1,110 @@
+"""A calibrated network as an ONNX model, in one of two dialects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import nn
+
+from qdiff.adapters import Adapter
+from qdiff.deploy.onnx.builder import Builder, value_info
+from qdiff.deploy.onnx.lowering import Lowering
+from qdiff.deploy.onnx.portable import PortableLowering
+from qdiff.deploy.onnx.runtime import RuntimeLowering
+from qdiff.deploy.onnx.tracer import Trace, static_size, trace
+from qdiff.steps import StepTable
+
+DIALECTS: dict[str, type[Lowering]] = {"runtime": RuntimeLowering, "portable": PortableLowering}
+INLINE_BYTES = 3 * 2**29  # of constants; larger models keep them in a file beside (protobuf ends at 2 GiB)
+
+
+def make_model(
+    network: nn.Module,
+    adapter: Adapter,
+    shape: tuple[int, ...],
+    context_shape: tuple[int, ...] | None = None,
+    dialect: str = "runtime",
+    parameter_set: int | None = None,
+) -> onnx.ModelProto:
+    """The model in memory; arguments as for `export_onnx`."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect: expected one of {', '.join(DIALECTS)}, found {dialect!r}")
+    table = getattr(network, "step_table", None)
+    sets = 1 if table is None else table.count
+    if parameter_set is not None and not 0 <= parameter_set < sets:
+        raise ValueError(f"parameter_set: expected 0 to {sets - 1}, found {parameter_set}")
+    if dialect == "portable" and parameter_set is None and sets > 1:
+        raise ValueError(f"dialect portable: holds one of the network's {sets} parameter sets; give parameter_set")
+    recorded = trace(network, adapter, shape, context_shape)
+    builder = Builder()
+    output = DIALECTS[dialect](recorded, builder, parameter_set).lower()
+    builder.scope = ""
+    builder.nodes.append(onnx.helper.make_node("Identity", [output], ["output"], name="output"))
+    inputs = [value_info(name, _dtype(op), ["N", *op.shape[1:]]) for name, op in recorded.inputs.items()]
+    if any("set" in node.input for node in builder.nodes):
+        inputs.append(value_info("set", np.int64, []))
+    outputs = [value_info("output", np.float32, ["N", *recorded.output.shape[1:]])]
+    about = {"dialect": dialect, "parameter_set": parameter_set, "steps": None, **_description(adapter, recorded)}
+    if table is not None and parameter_set is None:
+        about["steps"] = steps_to_plain(table)
+    return builder.model(inputs, outputs, {"qdiff": json.dumps(about)}, dialect == "runtime")
+
+
+def export_onnx(
+    network: nn.Module,
+    adapter: Adapter,
+    path: str | Path,
+    shape: tuple[int, ...],
+    context_shape: tuple[int, ...] | None = None,
+    dialect: str = "runtime",
+    parameter_set: int | None = None,
+) -> None:
+    """Write a calibrated network as ONNX. Inputs: x [N, C, H, W] float32, t [N] float32, and what it is conditioned on
+    as `context`; output: float32. Any number of samples N, one size.
+
+    shape: (C, H, W); context_shape: (L, D) of a network with cross attention, () of a class-conditional one, whose
+    labels are int64. dialect "runtime" is for ONNX Runtime on CPUs and holds all parameter sets, chosen by the scalar
+    int64 input `set` where there are several; "portable" is standard ONNX with quantize and dequantize operators for
+    any runtime and holds one, `parameter_set`. Constants of more than 1.5 GiB go to a file beside, `path`.data.
+
+    Raises ValueError for arguments at odds, naming a layer that is not calibrated, and naming an operator that has no
+    counterpart and the module it stands in.
+    """
+    write_model(make_model(network, adapter, shape, context_shape, dialect, parameter_set), path)
+
+
+def write_model(model: onnx.ModelProto, path: str | Path, inline_bytes: int | None = None) -> None:
+    """Write a model, constants of more than `inline_bytes` (None: as `export_onnx` has it) in a file beside it."""
+    path = Path(path)
+    if constant_bytes(model) > (INLINE_BYTES if inline_bytes is None else inline_bytes):
+        data = f"{path.name}.data"
+        (path.parent / data).unlink(missing_ok=True)  # it would be appended to
+        onnx.save_model(model, str(path), save_as_external_data=True, location=data)
+    else:
+        path.write_bytes(model.SerializeToString())
+
+
+def constant_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the model's constants."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def _dtype(op) -> str:
+    return str(op.dtype).removeprefix("torch.")
+
+
+def _description(adapter: Adapter, recorded: Trace) -> dict[str, Any]:
+    from qdiff import __version__
+
+    widest = max((static_size(op.shape) for op in recorded.ops if op.kind == "layer"), default=1)
+    return {"toolkit": __version__, "family": adapter.family, "widest": widest}
+
+
+def steps_to_plain(table: StepTable) -> dict[str, Any]:
+    """A step table as plain data."""
+    known = None if table.known is None else table.known.tolist()
+    return {"count": table.count, "lookup": table.lookup.tolist(), "known": known}

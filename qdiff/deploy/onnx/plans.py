@@ -1,0 +1,185 @@
+"""What the export needs to know of layers and attention products, as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from qdiff.deploy.layers import IntegerAttention, IntegerLayer, OperandGrid
+from qdiff.layers import QuantAttention, QuantLayer
+from qdiff.quantizers import ActQuantizer
+from qdiff.spec import QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """An activation grid: value = (code - zero) * scale, codes in [lo, hi].
+
+    scale: [sets] float32, or [sets, C] per input channel; zero: the same shape, int64.
+    """
+
+    scale: np.ndarray
+    zero: np.ndarray
+    lo: int
+    hi: int
+
+    @property
+    def per_channel(self) -> bool:
+        return self.scale.ndim == 2
+
+    @property
+    def bits(self) -> int:
+        return (self.hi - self.lo).bit_length()
+
+    @property
+    def in_range(self) -> bool:
+        """Whether every zero point can be stored like a code."""
+        limit = 255 if self.bits <= 8 else 65535
+        stored = self.zero + self.stored_offset
+        return bool((stored >= 0).all() and (stored <= limit).all())
+
+    @property
+    def stored_offset(self) -> int:
+        """What is added to a code so that it is stored without a sign."""
+        return (128 if self.bits <= 8 else 32768) if self.lo < 0 else 0
+
+    def times(self, factor: float) -> Grid:
+        """The grid of values that are multiplied by `factor` afterwards."""
+        return Grid((self.scale.astype(np.float64) / factor).astype(np.float32), self.zero, self.lo, self.hi)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight as integers: codes [O, C, ...] int16, scale [O] float32, zero [O] int64."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    spec: QuantSpec
+
+    def values(self) -> np.ndarray:
+        """[O, C, ...] float32."""
+        rows = (-1, *[1] * (self.codes.ndim - 1))
+        return ((self.codes - self.zero.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class PartPlan:
+    """One part of a layer along its input channels; a float weight is an array."""
+
+    channels: slice
+    weight: Codes | np.ndarray
+    act: Grid | None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """A convolution or linear layer; shape: [O, C, ...] of the whole weight."""
+
+    kind: str
+    shape: tuple[int, ...]
+    parts: tuple[PartPlan, ...]
+    bias: np.ndarray | None
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Attention products; grids by operand, "q", "k", "v", "w"; what is missing stays float."""
+
+    operand_scale: float
+    score_scale: float
+    grids: dict[str, Grid]
+
+
+def _array(tensor: Tensor, dtype: type) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(dtype)
+
+
+def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
+    return (value,) * length if isinstance(value, int) else tuple(value)
+
+
+def _grid(scale: Tensor | None, zero: Tensor | None, spec: QuantSpec | None) -> Grid | None:
+    if scale is None:
+        return None
+    return Grid(_array(scale, np.float32), _array(zero, np.int64), spec.lo, spec.hi)
+
+
+def _quantizer_grid(quantizer: ActQuantizer) -> Grid | None:
+    return _grid(quantizer.scale, quantizer.zero_point, quantizer.spec) if quantizer.enabled else None
+
+
+def _operand_grid(grid: OperandGrid) -> Grid:
+    return _grid(grid.act_scale, grid.act_zero, grid.act_spec)
+
+
+def float_plan(kind: str, weight: Tensor, bias: Tensor | None, *geometry: int | Sequence[int]) -> LayerPlan:
+    """A layer that is not quantized. geometry: stride, padding and dilation of a convolution."""
+    parts = (PartPlan(slice(0, weight.shape[1]), _array(weight, np.float32), None),)
+    lengths = [_tuple(value, weight.dim() - 2) for value in geometry]
+    return LayerPlan(kind, tuple(weight.shape), parts, None if bias is None else _array(bias, np.float32), *lengths)
+
+
+def is_planned(module: nn.Module) -> bool:
+    """Whether the module is recorded as a whole: quantized layers and attention products."""
+    return isinstance(module, (QuantLayer, QuantAttention, IntegerLayer, IntegerAttention))
+
+
+def layer_plan(module: nn.Module, name: str) -> LayerPlan:
+    """Of a quantized layer. Raises ValueError for one that is not calibrated."""
+    if isinstance(module, QuantLayer):
+        parts, shape = _simulated_parts(module, name), tuple(module.weight.shape)
+        kind = "linear" if module.channel_axis == -1 else "conv"
+        geometry = [] if kind == "linear" else [module.geometry[k] for k in ("stride", "padding", "dilation")]
+    else:
+        parts = tuple(_integer_part(part) for part in module.parts)
+        first = module.parts[0].shape
+        shape = (first[0], sum(part.shape[1] for part in module.parts), *first[2:])
+        kind = module.kind
+        geometry = [] if kind == "linear" else [module.stride, module.padding, module.dilation]
+    bias = None if module.bias is None else _array(module.bias, np.float32)
+    return LayerPlan(kind, shape, parts, bias, *(_tuple(value, len(shape) - 2) for value in geometry))
+
+
+def _integer_part(part: nn.Module) -> PartPlan:
+    codes = _array(part.codes(), np.int16)
+    weight = Codes(codes, _array(part.weight_scale, np.float32), _array(part.weight_zero, np.int64), part.weight_spec)
+    return PartPlan(part.channels, weight, _grid(part.act_scale, part.act_zero, part.act_spec))
+
+
+def _simulated_parts(layer: QuantLayer, name: str) -> tuple[PartPlan, ...]:
+    if layer.weight_quantizers and not layer.frozen:
+        raise ValueError(f"{name}: expected a calibrated layer, found one whose weight has no codes")
+    parts = []
+    for i, channels in enumerate(layer.slices):
+        if layer.weight_quantizers:
+            quantizer = layer.weight_quantizers[i]
+            rows = [_array(v.flatten(), np.float64) for v in (quantizer.scale, quantizer.zero_point)]
+            scale, zero = (np.broadcast_to(v, layer.weight.shape[0]) for v in rows)
+            codes = _array(layer.codes[:, channels], np.int16)
+            weight = Codes(codes, scale.astype(np.float32), zero.astype(np.int64), quantizer.spec)
+        else:
+            weight = _array(layer.weight[:, channels], np.float32)
+        act = _quantizer_grid(layer.act_quantizers[i]) if layer.act_quantizers else None
+        parts.append(PartPlan(channels, weight, act))
+    return tuple(parts)
+
+
+def attention_plan(module: nn.Module) -> AttentionPlan | None:
+    """Of a quantized attention product; None for other modules."""
+    if isinstance(module, QuantAttention):
+        found = {operand: _quantizer_grid(getattr(module, f"act_quantizer_{operand}")) for operand in "qkvw"}
+    elif isinstance(module, IntegerAttention):
+        found = {operand: _operand_grid(getattr(module, operand)) for operand in "qkvw"}
+        if module.policy == "float":
+            del found["w"]
+    else:
+        return None
+    grids = {operand: grid for operand, grid in found.items() if grid is not None}
+    return AttentionPlan(module.operand_scale, module.score_scale, grids)

@@ -1,0 +1,184 @@
+"""An exported network as a module that is called like the network itself and runs in ONNX Runtime on the CPU.
+
+Samples are independent, so a batch is cut into pieces that run side by side, each on one thread: nothing waits for
+other threads between operators, and a piece's largest tensors fit the cache of its core. Batches smaller than the
+number of threads run as one, on all threads.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdiff.adapters import Adapter
+from qdiff.spec import StepGroups
+from qdiff.steps import StepTable
+
+KEPT_BYTES = 2**26  # of a model's constants; more is mapped from a file
+PIECE_BYTES = 2**21  # of the widest layer's output, about the second-level cache of a core
+
+
+class OnnxNetwork(nn.Module):
+    """network(x, t[, context]) by ONNX Runtime; tensors on the CPU, the result in x's dtype.
+
+    Like a network it has a parameter (without elements, float32), a `step_table` if the model has parameter sets, and
+    it takes batches of mixed timesteps.
+    """
+
+    def __init__(self, model: str | Path | bytes, threads: int | None = None) -> None:
+        """model: a file that `export_onnx` wrote, or its bytes; threads: None takes PyTorch's number.
+
+        Raises FileNotFoundError, or ValueError without ONNX Runtime and for what is not such a model.
+        """
+        super().__init__()
+        self._runtime = _onnx_runtime()
+        if not isinstance(model, bytes) and not Path(model).is_file():
+            raise FileNotFoundError(f"{model}: no such ONNX model")
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.threads = threads or torch.get_num_threads()
+        self._model = model if isinstance(model, bytes) else str(model)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._open: tuple[int, Any] | None = None
+        self._pool = ThreadPoolExecutor(self.threads)
+        session = self._session(1)
+        self._about = _read_about(session, model)
+        self._inputs = {each.name: each.shape for each in session.get_inputs()}
+        self.step_table = step_table(self._about["steps"])
+
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        adapter: Adapter,
+        shape: tuple[int, ...],
+        context_shape: tuple[int, ...] | None = None,
+        threads: int | None = None,
+    ) -> OnnxNetwork:
+        """Of a calibrated network in memory; arguments and errors as for `export_onnx`."""
+        _onnx_runtime()
+        from qdiff.deploy.onnx.export import constant_bytes, make_model, write_model
+
+        model = make_model(network, adapter, shape, context_shape)
+        if constant_bytes(model) <= KEPT_BYTES:
+            return cls(model.SerializeToString(), threads)
+        folder = tempfile.TemporaryDirectory(prefix="qdiff-onnx-")
+        path = Path(folder.name) / "network.onnx"
+        write_model(model, path, inline_bytes=0)
+        del model
+        found = cls(path, threads)
+        found._folder = folder  # read again by sessions that are opened later
+        return found
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W]; t: [N]; context: as the network's. Raises ValueError for other sizes than the model's."""
+        feed = {"x": x, "t": t} if context is None else {"x": x, "t": t, "context": context}
+        self._check(feed)
+        arrays = {
+            name: value.detach()
+            .to("cpu", torch.int64 if _is_label(value, name) else torch.float32)
+            .contiguous()
+            .numpy()
+            for name, value in feed.items()
+        }
+        if "set" not in self._inputs:
+            output = self._run(arrays)
+        else:
+            output = self._run_by_set(arrays, self.step_table.groups_of(t.detach().cpu()).numpy())
+        return torch.from_numpy(output).to(x)
+
+    def _check(self, feed: dict[str, Tensor]) -> None:
+        expected = self._inputs.keys() - {"set"}
+        if feed.keys() != expected:
+            raise ValueError(f"the ONNX model takes {', '.join(sorted(expected))}, found {', '.join(sorted(feed))}")
+        count = len(feed["x"])
+        for name, value in feed.items():
+            if list(value.shape) != [count, *self._inputs[name][1:]]:
+                wanted = f"[{count}, {', '.join(map(str, self._inputs[name][1:]))}]".replace(", ]", "]")
+                raise ValueError(f"the ONNX model takes {name} of shape {wanted}, found {list(value.shape)}")
+
+    def _run_by_set(self, arrays: dict[str, np.ndarray], sets: np.ndarray) -> np.ndarray:
+        """Samples of one parameter set run together; results come back in the batch's order."""
+        found = np.unique(sets)
+        if len(found) == 1:
+            return self._run({**arrays, "set": np.array(found[0])})
+        output = None
+        for number in found:
+            rows = np.flatnonzero(sets == number)
+            part = self._run({name: array[rows] for name, array in arrays.items()} | {"set": np.array(number)})
+            output = np.empty((len(sets), *part.shape[1:]), part.dtype) if output is None else output
+            output[rows] = part
+        return output
+
+    def _run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        count = len(arrays["x"])
+        if count < self.threads or count == 1:
+            return self._session(self.threads).run(None, arrays)[0]
+        largest = max(1, PIECE_BYTES // (4 * self._about["widest"]))
+        pieces = self.threads * -(-count // (self.threads * largest))
+        edges = np.linspace(0, count, min(pieces, count) + 1).round().astype(int)
+        session = self._session(1)
+
+        def run(start: int, stop: int) -> np.ndarray:
+            feed = {name: array if array.ndim == 0 else array[start:stop] for name, array in arrays.items()}
+            return session.run(None, feed)[0]
+
+        return np.concatenate(list(self._pool.map(run, edges[:-1], edges[1:])))
+
+    def _session(self, threads: int) -> Any:
+        """A session for operators on that many threads; one at a time is held, since each has the weights."""
+        if self._open is None or self._open[0] != threads:
+            self._open = None
+            self._open = threads, self._new_session(threads)
+        return self._open[1]
+
+    def _new_session(self, threads: int) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        # Layers are written as they are to run; what is dequantized at every call may be so once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            return self._runtime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a class of its own for every kind
+            name = "these bytes" if isinstance(self._model, bytes) else self._model
+            raise ValueError(f"{name}: not a readable ONNX model: {' '.join(str(error).split())}") from error
+
+
+def _is_label(value: Tensor, name: str) -> bool:
+    return name == "context" and value.dim() == 1
+
+
+def _onnx_runtime() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("runtime onnx: needs ONNX Runtime, found none: pip install '.[onnx]'") from error
+    return onnxruntime
+
+
+def _read_about(session: Any, model: str | Path | bytes) -> dict[str, Any]:
+    name = "these bytes" if isinstance(model, bytes) else model
+    about = session.get_modelmeta().custom_metadata_map.get("qdiff")
+    if about is None:
+        raise ValueError(f"{name}: expected a model of qdiff's ONNX export, found one without its metadata")
+    return json.loads(about)
+
+
+def step_table(plain: dict[str, Any] | None) -> StepTable | None:
+    """From `export.steps_to_plain`; None stays None."""
+    if plain is None:
+        return None
+    table = StepTable(len(plain["lookup"]), StepGroups())
+    table.count = plain["count"]
+    table.lookup.copy_(torch.tensor(plain["lookup"]))
+    table.known = None if plain["known"] is None else torch.tensor(plain["known"], dtype=torch.float64)
+    return table

@@ -1,0 +1,206 @@
+"""One switch: from a calibrated network to the module that runs it, simulated or in integers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.adapters import Adapter
+from qdiff.checkpoints import load_checkpoint
+from qdiff.deploy.convert import integer_network, is_integer, load_integer
+from qdiff.layers import QuantLayer
+
+logger = logging.getLogger(__name__)
+RUNTIMES = ("simulate", "integer", "onnx", "auto")
+PREFERENCES = ("speed", "memory")
+Report = Callable[[str], None]
+WARM_UP, REPEATS = 2, 3  # evaluations of each candidate before and while it is timed
+
+
+def prepare(
+    network: nn.Module,
+    adapter: Adapter,
+    runtime: str = "simulate",
+    *,
+    device: torch.device | str = "cpu",
+    prefer: str = "speed",
+    attention: str | None = None,
+    report: Report | None = None,
+) -> nn.Module:
+    """The module that runs a calibrated network on a device, called as the network itself.
+
+    "simulate": float arithmetic on the grids. "integer": products of codes, by fused kernels on a GPU, by the exact
+    reference on a CPU (slow: for verification). "onnx": ONNX Runtime, on the CPU. "auto": the fastest on the device by
+    measurement at the first call, or the smallest of those that are made for speed where `prefer` is "memory"; `report`
+    hears what was measured. attention: the policy of `qdiff.deploy.layers.IntegerAttention`; None: that of an integer
+    network, and "integer" for others. The network may be given up afterwards: what runs shares memory with it at most.
+
+    Raises ValueError for unknown names, for a runtime that the device or the installation does not have, and naming a
+    layer that is not calibrated.
+    """
+    device = torch.device(device)
+    check_runtime(runtime, device, prefer)
+    if runtime == "simulate":
+        if any(isinstance(m, QuantLayer) for m in network.modules()) or not _has_integers(network):
+            return network.to(device)
+        raise ValueError("runtime simulate: needs the float weights, which this network was loaded without")
+    if runtime == "integer":
+        return _integer(_as_integer(network, attention), adapter, device)
+    if runtime == "onnx":
+        return OnnxAtFirstCall(_as_integer(network, attention), adapter)
+    if device.type != "cpu":
+        return _chosen_kernels(network, adapter, device, prefer, attention, report or logger.info)
+    if prefer == "memory":
+        runtime = "onnx" if has_onnx_runtime() else "integer"
+        return prepare(network, adapter, runtime, device=device, attention=attention)
+    return FastestAtFirstCall(_candidates(network, adapter, attention), report or logger.info)
+
+
+def load(
+    path: str | Path,
+    runtime: str = "simulate",
+    *,
+    device: torch.device | str = "cpu",
+    prefer: str = "speed",
+    attention: str | None = None,
+    report: Report | None = None,
+) -> nn.Module:
+    """The network of a packed checkpoint, ready to run: network(x, t), or network(x, t, context).
+
+    Arguments as for `prepare`; attention None is what the file records. Except to simulate, no float weights of the
+    whole network are ever held. Raises FileNotFoundError, or ValueError naming the file or the runtime.
+    """
+    check_runtime(runtime, torch.device(device), prefer)
+    if runtime == "simulate" or (runtime == "auto" and prefer == "speed"):
+        found = load_checkpoint(path)
+        attention = attention or found.provenance.get("attention")
+    else:
+        found = load_integer(path, attention)
+    return prepare(
+        *(found.network, found.adapter, runtime), device=device, prefer=prefer, attention=attention, report=report
+    )
+
+
+def check_runtime(runtime: str, device: torch.device, prefer: str = "speed") -> None:
+    """Raise ValueError where a runtime is unknown, or the device or the installation does not have it."""
+    for what, found, known in (("runtime", runtime, RUNTIMES), ("prefer", prefer, PREFERENCES)):
+        if found not in known:
+            raise ValueError(f"{what}: expected one of {', '.join(known)}, found {found!r}")
+    if runtime == "onnx":
+        if device.type != "cpu":
+            raise ValueError(f"runtime onnx: runs on the CPU, found {device}; integer and auto run there")
+        if not has_onnx_runtime():
+            raise ValueError("runtime onnx: needs ONNX Runtime, found none: pip install '.[onnx]'")
+
+
+def has_onnx_runtime() -> bool:
+    """Whether the packages of the extra [onnx] are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
+
+
+def _has_integers(network: nn.Module) -> bool:
+    return any(hasattr(m, "packed") for m in network.modules())
+
+
+def _as_integer(network: nn.Module, attention: str | None) -> nn.Module:
+    if _has_integers(network) and is_integer(network):
+        return network
+    return integer_network(network, attention or "integer")
+
+
+def _integer(network: nn.Module, adapter: Adapter, device: torch.device) -> nn.Module:
+    if device.type == "cpu":
+        return network
+    from qdiff.deploy.kernels.convert import to_kernels
+
+    return to_kernels(network.to(device), adapter)
+
+
+def _chosen_kernels(
+    network: nn.Module, adapter: Adapter, device: torch.device, prefer: str, attention: str | None, report: Report
+) -> nn.Module:
+    """Kernels, and plain 16-bit layers for shapes where these are faster."""
+    network = _as_integer(network, attention).to(device)
+    if prefer == "memory":
+        return _integer(network, adapter, device)
+    from qdiff.deploy.kernels.choose import ChosenAtFirstCall
+
+    return ChosenAtFirstCall(network, adapter, report)
+
+
+def _candidates(network: nn.Module, adapter: Adapter, attention: str | None) -> dict[str, nn.Module]:
+    found = {"integer": network} if _has_integers(network) else {"simulate": network}
+    if has_onnx_runtime():
+        found["onnx"] = OnnxAtFirstCall(_as_integer(network, attention), adapter)
+    return found
+
+
+class Deferred(nn.Module):
+    """A network that becomes what runs when its first inputs show their sizes.
+
+    It has one float32 parameter without elements, since samplers ask a network's parameters for device and type.
+    """
+
+    def __init__(self, step_table: nn.Module) -> None:
+        super().__init__()
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.step_table = step_table
+
+
+class OnnxAtFirstCall(Deferred):
+    """A network run by ONNX Runtime; the graph is made for the sizes of the inputs, anew when they change."""
+
+    def __init__(self, network: nn.Module, adapter: Adapter) -> None:
+        super().__init__(network.step_table)
+        self._network, self._adapter = (network,), adapter  # in a tuple: its parameters are not this module's
+        self._sizes: tuple | None = None
+        self._session: nn.Module | None = None
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W]; t: [N]; context: what the network is conditioned on. Returns the predicted noise."""
+        sizes = tuple(x.shape[1:]), None if context is None else tuple(context.shape[1:])
+        if sizes != self._sizes:
+            from qdiff.deploy.onnx.session import OnnxNetwork
+
+            self._session = None  # one at a time in memory
+            self._session = OnnxNetwork.of(self._network[0], self._adapter, *sizes)
+            self._sizes = sizes
+        return self._session(x, t) if context is None else self._session(x, t, context)
+
+
+class FastestAtFirstCall(Deferred):
+    """The fastest of some candidates, measured on the first batch; the others are given up."""
+
+    def __init__(self, candidates: dict[str, nn.Module], report: Report) -> None:
+        super().__init__(next(iter(candidates.values())).step_table)
+        self._candidates, self._report = candidates, report
+        self._chosen: tuple[nn.Module, ...] = ()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """See `OnnxAtFirstCall`."""
+        arguments = (x, t) if context is None else (x, t, context)
+        if not self._chosen:
+            times = {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
+            best = min(times, key=times.get)
+            found = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+            self._report(f"runtime auto: {found} for {len(x)} samples; taking {best}")
+            self._chosen, self._candidates = (self._candidates[best],), {}
+        return self._chosen[0](*arguments)
+
+
+def median_ms(run: Callable[[], object], warm_up: int = WARM_UP, repeats: int = REPEATS) -> float:
+    """Median milliseconds of a call on the CPU."""
+    times = []
+    for _ in range(warm_up + repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[warm_up:])

@@ -1,0 +1,202 @@
+"""Single quantized layers: exact where no input lies on the edge between two codes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ddim.attention import DotProductAttention
+from qdiff.deploy.convert import integer_network
+from qdiff.deploy.onnx.export import make_model
+from qdiff.layers import QuantAttention, QuantConv, QuantLinear
+from qdiff.spec import QuantSpec, StepGroups
+from qdiff.steps import StepTable
+
+TABLE = StepTable(1000, StepGroups())
+SIZE = (8, 6, 6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's grids; `zero` is an affine activation grid's zero point, `weight_zero` a weight grid's."""
+
+    weights: QuantSpec | None
+    acts: QuantSpec | None
+    zero: int = 90
+    weight_zero: int = 120
+    boundary: int | None = None
+
+
+W8, A8 = QuantSpec(8, axis="out_channel"), QuantSpec(8)
+CASES = {
+    "affine": Case(W8, A8),
+    "symmetric": Case(QuantSpec(8, "signed", "out_channel"), QuantSpec(8, "signed")),
+    "per tensor": Case(QuantSpec(8, "signed"), QuantSpec(8, "unsigned_mid"), zero=128),
+    "W4A8": Case(QuantSpec(4, axis="out_channel"), A8, weight_zero=7),
+    "W4A8 signed": Case(QuantSpec(4, "signed", "out_channel"), A8),
+    "W3A6": Case(QuantSpec(3, axis="out_channel"), QuantSpec(6), zero=20, weight_zero=3),
+    "A5 signed": Case(W8, QuantSpec(5, "signed")),
+    "one-sided": Case(W8, A8, zero=0, weight_zero=0),
+    "zero point of neither sign": Case(W8, A8, zero=-40, weight_zero=300),
+    "per input channel": Case(QuantSpec(4, axis="out_channel"), QuantSpec(4, axis="in_channel"), 5, 8),
+    "weights only": Case(W8, None),
+    "inputs only": Case(None, A8),
+    "split": Case(W8, A8, boundary=3),
+}
+
+
+def whole(spec, zero):
+    return 0 if spec.kind in ("signed", "unsigned") else zero
+
+
+def quantized(layer, case, generator):
+    """The layer on grids of random scales, its weight far from the edges between codes."""
+    layer = type(layer)(*layer_arguments(layer))
+    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+    found = kind(layer, case.weights, case.acts, TABLE, case.boundary)
+    for part, quantizer in zip(found.slices, found.weight_quantizers, strict=False):
+        scale = 0.01 + 0.02 * torch.rand(quantizer.scale.shape, generator=generator)
+        quantizer.set_grid(scale, torch.full_like(scale, whole(case.weights, case.weight_zero)))
+        codes = torch.randint(case.weights.lo, case.weights.hi + 1, layer.weight[:, part].shape, generator=generator)
+        found.codes[:, part] = codes
+    if found.weight_quantizers:
+        found.freeze(found.codes.clone())
+    for i, quantizer in enumerate(found.act_quantizers):
+        scale = torch.full_like(quantizer.scale, 0.05) * (1 + i)
+        if scale.dim() > 1:
+            scale = scale * torch.tensor([0.5, 1.0, 2.0, 4.0]).repeat(2)
+        quantizer.set_grid(scale, torch.full_like(scale, whole(case.acts, case.zero)))
+    return found
+
+
+def layer_arguments(layer):
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+
+
+def inputs(case, generator, count=3):
+    """x whose elements are near the middle of a code's interval, some beyond the ends of the grid."""
+    spec = case.acts or A8
+    shape = (count, *SIZE)
+    codes = torch.randint(spec.lo - 3, spec.hi + 4, shape, generator=generator) - whole(spec, case.zero)
+    # Scales are 0.05 times a power of two, so that this is a middle on all of them.
+    return (codes + 0.2 * torch.rand(shape, generator=generator)) * 0.05 + 0.001
+
+
+LAYERS = {
+    "3x3": (nn.Conv2d(8, 5, 3, padding=1), lambda n, x, t: n.layer(x)),
+    "1x1": (nn.Conv2d(8, 5, 1), lambda n, x, t: n.layer(x)),
+    "stride": (nn.Conv2d(8, 5, 3, stride=2, padding=1), lambda n, x, t: n.layer(x)),
+    "conv1d": (nn.Conv1d(8, 5, 1), lambda n, x, t: n.layer(x.flatten(2))),
+    "linear": (nn.Linear(8, 5), lambda n, x, t: n.layer(x.permute(0, 2, 3, 1))),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_the_simulated_one(case, layer, make, plain_adapter, exported, in_double, dialect, generator):
+    if layer == "linear" and CASES[case].boundary:
+        pytest.skip("only shortcuts are split")
+    module, compute = LAYERS[layer]
+    network = make(compute, layer=quantized(module, CASES[case], generator))
+    x, t = inputs(CASES[case], generator), torch.zeros(3)
+    found, expected = exported(network, plain_adapter, x, dialect=dialect)(x, t), in_double(network, x, t)
+    assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_a_split_shortcut_reads_the_parts_of_a_concatenation(make, plain_adapter, exported, in_double, dialect):
+    generator = torch.Generator().manual_seed(0)
+    case = CASES["split"]
+    network = make(
+        lambda n, x, t: n.layer(torch.cat([n.first(x), x], 1)),
+        first=nn.Conv2d(8, 3, 1),
+        layer=quantized(nn.Conv2d(11, 5, 1), case, generator),
+    )
+    x, t = inputs(case, generator), torch.zeros(3)
+    exported_network, expected = exported(network, plain_adapter, x, dialect=dialect), in_double(network, x, t)
+    assert (exported_network(x, t) - expected).norm() < 2e-3 * expected.norm()  # `first` is float: codes may differ
+    if dialect == "runtime":  # two products of codes; the concatenation is never made
+        kinds = [n.op_type for n in make_model(network, plain_adapter, SIZE).graph.node]
+        assert kinds.count("MatMulIntegerToFloat") == 2 and "Concat" not in kinds
+
+
+def attention(softmax, acts=A8, operand_scale=0.8):
+    module = QuantAttention(DotProductAttention(operand_scale, 0.5), acts, softmax, TABLE)
+    for operand in "qkvw":
+        quantizer = getattr(module, f"act_quantizer_{operand}")
+        spec = quantizer.spec
+        scale = torch.full_like(quantizer.scale, 1 / (spec.hi - spec.lo) if operand == "w" else 4.0 / 2**spec.bits)
+        quantizer.set_grid(
+            scale, torch.full_like(scale, 0 if operand == "w" else whole(spec, 2 ** (spec.bits - 1) - 9))
+        )
+    return module
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(
+    ("softmax", "acts"),
+    [
+        (QuantSpec(8, "unsigned"), A8),
+        (QuantSpec(8, "signed"), QuantSpec(8, "signed")),
+        (QuantSpec(16, "unsigned"), A8),
+        (QuantSpec(12, "unsigned"), QuantSpec(6)),
+    ],
+    ids=["8", "signed", "16", "12"],
+)
+def test_attention_is_the_simulated_one(softmax, acts, heads, make, plain_adapter, exported, in_double, dialect):
+    def compute(n, x, t):
+        q, k, v = (p.unflatten(1, (heads, -1)).transpose(2, 3) for p in x.flatten(2).chunk(3, dim=1))
+        return n.attention(q, k, v).transpose(2, 3).flatten(1, 2)
+
+    network = make(compute, attention=attention(softmax, acts))
+    x = torch.randn(4, 24, 4, 5, generator=torch.Generator().manual_seed(2))
+    found, expected = (
+        exported(network, plain_adapter, x, dialect=dialect)(x, torch.zeros(4)),
+        in_double(network, x, None),
+    )
+    single = network(x, None)
+    wrong = (found - expected).norm() / expected.norm()
+    assert wrong < max(1.5 * (single - expected).norm() / expected.norm(), 2e-4)
+
+
+@pytest.mark.parametrize("policy", ["integer", "float"])
+def test_integer_modules_are_exported_like_simulated_ones(
+    policy, make, plain_adapter, exported, in_double, dialect, generator
+):
+    def compute(n, x, t):
+        tokens = n.layer(x).flatten(2).transpose(1, 2)
+        return n.attention(tokens, tokens, tokens)
+
+    case = CASES["affine"]
+    layer = quantized(nn.Conv2d(8, 6, 3, padding=1), case, generator)
+    network = make(compute, layer=layer, attention=attention(QuantSpec(8, "unsigned"), operand_scale=1.0))
+    network.step_table = TABLE
+    x, t = 0.05 * inputs(case, generator), torch.zeros(3)
+    integer = integer_network(network, policy)
+    found = exported(integer, plain_adapter, x, dialect=dialect)(x, t)
+    assert (found - integer(x, t)).norm() < 2e-3 * found.norm()
+
+
+def test_products_are_of_codes_and_weights_of_bytes(make, plain_adapter, generator):
+    layer = quantized(nn.Conv2d(8, 5, 3, padding=1), CASES["affine"], generator)
+    model = make_model(make(lambda n, x, t: n.layer(x), layer=layer), plain_adapter, SIZE)
+    kinds = {node.op_type for node in model.graph.node}
+    assert "MatMulIntegerToFloat" in kinds and not kinds & {"MatMul", "Conv", "DequantizeLinear"}
+    codes = [t for t in model.graph.initializer if list(t.dims) == [72, 5]]
+    assert len(codes) == 1 and len(codes[0].raw_data) == 360
+
+
+def test_four_bit_weights_are_stored_in_four_bits(make, plain_adapter, generator):
+    layer = quantized(nn.Conv2d(8, 5, 3, padding=1), CASES["W4A8"], generator)
+    network = make(lambda n, x, t: n.layer(x), layer=layer)
+    model = make_model(network, plain_adapter, SIZE, dialect="portable")
+    codes = [t for t in model.graph.initializer if list(t.dims) == [5, 8, 3, 3]]
+    assert len(codes) == 1 and len(codes[0].raw_data) == 180
+
+
+def test_a_layer_without_codes_is_named(make, plain_adapter):
+    network = make(lambda n, x, t: n.layer(x), layer=QuantConv(nn.Conv2d(8, 5, 1), W8, A8, TABLE))
+    with pytest.raises(ValueError, match="^layer: expected a calibrated layer, found one whose weight has no codes$"):
+        make_model(network, plain_adapter, SIZE)

@@ -1,0 +1,96 @@
+"""One switch: what each runtime gives, and what is refused."""
+
+import pytest
+import torch
+
+import qdiff
+from qdiff.checkpoints import save_checkpoint
+from qdiff.deploy import runtime
+from qdiff.deploy.layers import IntegerLayer
+from qdiff.deploy.runtime import FastestAtFirstCall, load, prepare
+from qdiff.layers import QuantLayer
+from qdiff.spec import QuantSpec, Recipe
+from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+
+W8A8 = Recipe(
+    "w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), stages=(WeightRanges(RangeSpec()), ActivationRanges())
+)
+
+
+@pytest.fixture
+def saved(quantized, adapter, timesteps, tmp_path):
+    """(network, path of its file)"""
+    network, path = quantized(W8A8, 64), tmp_path / "network.safetensors"
+    save_checkpoint(path, network, adapter, W8A8, timesteps, {})
+    return network, path
+
+
+@pytest.fixture
+def batch(generator):
+    return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([950, 50])
+
+
+def has(network, kind):
+    return any(isinstance(module, kind) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", runtime.RUNTIMES)
+def test_every_runtime_is_the_same_model(name, saved, batch):
+    network, path = saved
+    simulated = network(*batch)
+    found = qdiff.load(path, runtime=name)
+    out = found(*batch)
+    assert out.dtype == torch.float32 and (out - simulated).norm() < 0.05 * simulated.norm()
+    assert next(found.parameters()).dtype == torch.float32 and found.step_table.count == 1
+    if name in ("integer", "onnx"):
+        assert not has(found, QuantLayer)
+
+
+def test_simulation_is_what_was_calibrated(saved, adapter, batch):
+    network, path = saved
+    assert torch.equal(load(path)(*batch), network(*batch))
+    assert prepare(network, adapter) is network
+    assert has(prepare(network, adapter, "integer"), IntegerLayer)
+
+
+def test_auto_takes_the_fastest_and_says_what_it_measured(saved, monkeypatch, batch, adapter):
+    said, calls = [], []
+    times = iter([30.0, 10.0])
+
+    def timed(run):
+        calls.append(run())
+        return next(times)
+
+    monkeypatch.setattr(runtime, "median_ms", timed)
+    network = prepare(saved[0], adapter, "auto", report=said.append)
+    assert isinstance(network, FastestAtFirstCall) and not said
+    out = network(*batch)
+    assert said == ["runtime auto: simulate 30.0 ms, onnx 10.0 ms for 2 samples; taking onnx"]
+    assert torch.equal(out, calls[1]) and torch.equal(network(*batch), out) and len(said) == 1
+
+
+def test_auto_without_the_extra(saved, monkeypatch, adapter, batch):
+    monkeypatch.setattr(runtime, "has_onnx_runtime", lambda: False)
+    network = prepare(saved[0], adapter, "auto")
+    assert torch.equal(network(*batch), saved[0](*batch))
+    assert has(prepare(saved[0], adapter, "auto", prefer="memory"), IntegerLayer)
+    with pytest.raises(ValueError, match=r"runtime onnx: needs ONNX Runtime, found none: pip install '.\[onnx\]'"):
+        load(saved[1], "onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"runtime": "fast"}, "runtime: expected one of simulate, integer, onnx, auto, found 'fast'"),
+        ({"prefer": "size"}, "prefer: expected one of speed, memory, found 'size'"),
+        ({"runtime": "onnx", "device": "meta"}, "runtime onnx: runs on the CPU, found meta"),
+    ],
+)
+def test_what_is_refused(saved, adapter, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        prepare(saved[0], adapter, **options)
+
+
+def test_a_network_loaded_without_float_weights_cannot_be_simulated(saved, adapter):
+    with pytest.raises(ValueError, match="runtime simulate: needs the float weights"):
+        prepare(load(saved[1], "integer"), adapter)
