@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from qdiff.adapters import Adapter, adapter_for
 from qdiff.files import save_safetensors
-from qdiff.layers import QuantLayer, act_quantizers, quant_layers
+from qdiff.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers
 from qdiff.packing import check_packed, pack_codes, unpack_codes
 from qdiff.spec import Recipe
 from qdiff.surgery import insert_quantizers
 
-FORMAT = "qdiff-checkpoint-1"
+FORMAT = "qdiff-checkpoint-2"
+READABLE = ("qdiff-checkpoint-1", FORMAT)  # the first had an entry for every scale and zero point
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,22 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
     for key in [key for key in state if key.endswith(".zero_point")]:
         of_weight = "weight_quantizer" in key
         state[key] = _integers(state[key], torch.int16 if of_weight else torch.int32, key)
+    for name, keys in _joined(state).items():
+        state[name] = torch.cat([state.pop(key).flatten() for key in keys])
     return dict(state)
+
+
+def _joined(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Small tensors that are stored as one, since an entry of its own takes a hundred bytes of the header: name of the
+    whole -> keys of the parts, in the state dict's order."""
+    kinds = {
+        "activation_scales": (".act_quantizer", ".scale"),
+        "activation_zero_points": (".act_quantizer", ".zero_point"),
+        "weight_zero_points": (".weight_quantizer", ".zero_point"),
+    }
+    keys = list(keys)
+    found = {name: [k for k in keys if part in k and k.endswith(end)] for name, (part, end) in kinds.items()}
+    return {name: parts for name, parts in found.items() if parts}
 
 
 def save_checkpoint(
@@ -119,9 +135,9 @@ def read_about(path: str | Path) -> dict[str, Any]:
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint (truncated, or of another kind): {error}") from error
     about = about if isinstance(about, dict) else {}
-    if about.get("format") != FORMAT:
+    if about.get("format") not in READABLE:
         found = about.get("format") or "a safetensors file without our metadata"
-        raise ValueError(f"{path}: expected a calibrated checkpoint ({FORMAT}), found {found}")
+        raise ValueError(f"{path}: expected a calibrated checkpoint ({' or '.join(READABLE)}), found {found}")
     return about
 
 
@@ -145,6 +161,9 @@ class PackedFile:
             self.network = insert_quantizers(network, self.recipe, self.adapter, timesteps)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its description does not make a network: {error}") from error
+        for module in self.network.modules():
+            if isinstance(module, QuantAttention):
+                module.policy = self.about.get("attention", module.policy)
         self._file = safe_open(path, "pt")
         self._layers = {f"{n}.codes": m for n, m in quant_layers(self.network).items() if m.weight_quantizers}
         self._read_float_part()
@@ -157,11 +176,17 @@ class PackedFile:
     def _read_float_part(self) -> None:
         keys = set(self._file.keys())
         codes = {key for key in keys if key.endswith(".codes")}
-        expected = self.network.state_dict().keys() - {key.replace(".codes", ".weight") for key in self._layers}
+        shapes = {key: tensor.shape for key, tensor in self.network.state_dict().items()}
+        expected = shapes.keys() - {key.replace(".codes", ".weight") for key in self._layers}
+        joined = _joined(key for key in shapes if key in expected) if self.about["format"] == FORMAT else {}
+        expected = expected.difference(*joined.values()).union(joined)
         _compare(self.path, "tensors", expected, keys - codes)
         _compare(self.path, "codes", self._layers.keys(), codes)
         state = {key: self._tensor(key).float() for key in sorted(keys - codes)}
         with self._fitting():
+            for name, parts in joined.items():
+                pieces = state.pop(name).split([shapes[key].numel() for key in parts])
+                state |= {key: piece.view(shapes[key]) for key, piece in zip(parts, pieces, strict=True)}
             self.network.load_state_dict(state, strict=False, assign=True)
         for quantizer in act_quantizers(self.network).values():
             quantizer.enabled = True

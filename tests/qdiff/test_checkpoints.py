@@ -124,7 +124,7 @@ def test_quantized_weights_are_stored_as_packed_codes_and_never_as_floats(saved)
         assert f"{name}.weight" not in slices
         assert slices[f"{name}.codes"].get_shape() == [(layer.weight.numel() * bits + 7) // 8]
         assert slices[f"{name}.codes"].get_dtype() == "U8"
-    zero_points = [s.get_dtype() for key, s in slices.items() if key.endswith("zero_point")]
+    zero_points = [s.get_dtype() for key, s in slices.items() if key.endswith("zero_points")]
     assert zero_points and all(dtype.startswith("I") for dtype in zero_points)
 
 
@@ -201,7 +201,8 @@ def test_a_float_safetensors_file_is_refused(tmp_path, network):
 def test_another_version_of_the_format_is_named(saved):
     path = saved()[1]
     rewrite(path, {"format": "qdiff-checkpoint-9"})
-    assert "expected a calibrated checkpoint (qdiff-checkpoint-1), found qdiff-checkpoint-9" in refused(path)
+    expected = "expected a calibrated checkpoint (qdiff-checkpoint-1 or qdiff-checkpoint-2), found qdiff-checkpoint-9"
+    assert expected in refused(path)
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
@@ -308,7 +309,26 @@ def test_no_damaged_tensor_goes_unnoticed(saved, tmp_path, data):
             load(path)
 
 
-def test_files_from_before_the_checksum_still_load(saved, states):
-    network, path = saved()
-    rewrite(path, {"digest": None})
+@pytest.mark.parametrize("recipe", [W4A8, replace(W4A8, step_groups=StepGroups(3)), RECIPES[5]], ids=lambda r: r.name)
+def test_files_of_the_first_format_still_load(saved, states, recipe):
+    """An entry for every scale and zero point, and no checksum."""
+    network, path = saved(recipe)
+    joined = ("activation_scales", "activation_zero_points", "weight_zero_points")
+
+    def separate(tensors):
+        for name in joined:
+            del tensors[name]
+        parts = {key: value for key, value in network.state_dict().items() if "_quantizer" in key}
+        tensors |= {key: value.to(torch.int32) if "zero" in key else value.clone() for key, value in parts.items()}
+
+    rewrite(path, {"digest": None, "format": "qdiff-checkpoint-1"}, separate)
     assert torch.equal(load_checkpoint(path).network(states.x, states.t), network(states.x, states.t))
+
+
+def test_small_tensors_share_an_entry(saved):
+    """Of another number of elements they do not fit."""
+    network, path = saved()
+    with safe_open(path, "pt") as file:
+        assert not [key for key in file.keys() if "act_quantizer" in key or key.endswith("zero_point")]  # noqa: SIM118
+    rewrite(path, tensors=lambda tensors: tensors.update(activation_scales=tensors["activation_scales"][:-1].clone()))
+    assert "do not fit the network it describes" in refused(path)

@@ -78,7 +78,7 @@ def test_units_are_all_that_is_quantized_in_the_order_of_execution(measured):
 
 def weight_bytes(state):
     """Of codes, scales and zero points of weights, these as a float32 network stores them."""
-    found = {key: value for key, value in state.items() if key.endswith(".codes") or ".weight_quantizer" in key}
+    found = {k: v for k, v in state.items() if k.endswith(".codes") or "weight_quantizer" in k or "weight_zero" in k}
     return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in found.values())
 
 
