@@ -30,6 +30,7 @@ CHECKPOINT_NAMES = ("model.ckpt", "model.safetensors", "checkpoints/last.ckpt")
 
 # What files hold and the configuration gives: the schedule, and what is derived from it.
 SCHEDULE = re.compile(r"betas|\w*alphas_cumprod\w*|posterior_\w+|lvlb_weights|logvar")
+OF_NETWORK = ("model.", "model_ema.")  # in a checkpoint, the U-Net and its moving average
 # Tensors of published files that sampling has no use for.
 UNUSED = re.compile(r"model_ema\..+|first_stage_model\.loss\..+|.+\.position_ids")
 
@@ -109,21 +110,25 @@ def build_network(config: DictConfig, seed: int = 0) -> UNetModel:
 
 
 def load_model(
-    config: DictConfig, checkpoint: str | os.PathLike, dtype: torch.dtype = torch.float32
+    config: DictConfig, checkpoint: str | os.PathLike, dtype: torch.dtype = torch.float32, network: bool = True
 ) -> LatentDiffusion:
     """The model of a configuration with the weights of a checkpoint: evaluation mode, on the CPU, no gradients.
 
     Weights are read one at a time straight into the model, as `dtype`; buffers keep theirs. If the file holds moving
-    averages of the U-Net's weights and the configuration has `use_ema` (the default), these are its weights. A text
-    encoder's relative folder is looked for beside the checkpoint and the configuration first.
+    averages of the U-Net's weights and the configuration has `use_ema` (the default), these are its weights. With
+    `network` False the U-Net is left out, for who has another: neither made nor read. A text encoder's relative folder
+    is looked for beside the checkpoint and the configuration first.
     Raises what `open_checkpoint` raises, and ValueError where file and configuration do not fit.
     """
     with open_checkpoint(checkpoint) as source:
         model = _build_without_weights(_for_sampling(config, Path(checkpoint)), dtype)
+        if not network:
+            model.model.diffusion_model = nn.Identity()  # made without memory
         ema = config.model.params.get("use_ema", True) and _has_ema(model, source)
         used = load_into(model, source, optional=_is_optional, rename=_renaming(ema))
         known = used.union(model.state_dict())  # moving averages leave the weights they replace unused
-        unknown = [name for name in source if name not in known and not _is_known(name)]
+        skipped = () if network else OF_NETWORK
+        unknown = [n for n in source if n not in known and not _is_known(n) and not n.startswith(skipped)]
         if unknown:
             logger.warning("%s: ignored %d unknown tensors: %s", source.path, len(unknown), first_names(unknown))
     return model.eval().requires_grad_(False)

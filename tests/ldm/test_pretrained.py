@@ -248,6 +248,16 @@ def test_text_encoder_folder_is_looked_for_beside_checkpoint_and_configuration(s
     assert load_model(config, tmp_path / "model.safetensors").cond_stage_model.count_tokens("a cat") == 4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_its_unet(name, states, caplog):
+    """Everything else is there, the U-Net has no weights, and nothing is said of those in the file."""
+    model = load_model(*bundled(name), network=False)
+    loaded = model.state_dict()
+    assert not [key for key in loaded if key.startswith("model.")] and not caplog.records
+    assert set(loaded) - {"scale_factor"} == {key for key in states[name] if not key.startswith("model.")}
+    assert all(torch.equal(loaded[key], states[name][key].float()) for key in loaded if key in states[name])
+
+
 def test_the_unet_alone():
     config, _ = bundled("cifar10-sd")
     state = torch.random.get_rng_state()
