@@ -21,13 +21,16 @@ from qdiff.calibration.selectors import check_selection, select
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
-from qdiff.commandline import bits_label, chosen_recipe, method_options, tensor_float32
+from qdiff.commandline import bits_label, chosen_recipe, describe_device, method_options, tensor_float32
 from qdiff.deploy.convert import load_integer, quantizes_activations
+from qdiff.deploy.runtime import keeps_codes
+from qdiff.evaluation.report import REPORT_NAME, write
+from qdiff.evaluation.report_runs import calibration_report
 from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import for_given_weights
 from qdiff.names import matching
 from qdiff.parallel import Team
-from qdiff.progress import PLOT_NAME, CalibrationLog, peak_memory, plot_losses
+from qdiff.progress import LOG_NAME, PLOT_NAME, CalibrationLog, check_tensorboard, peak_memory, plot_losses
 from qdiff.published import (
     load_published,
     original_flags,
@@ -44,7 +47,7 @@ MakePath = Callable[[], SamplerPath]
 CHECKPOINT_NAME = "ckpt.safetensors"  # in a run's folder; written last, so that it means a finished calibration
 RECORD_NAME, STATES_NAME = "calibration", "states.safetensors"  # of an unfinished one
 # Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
-QUANTIZING = ("cali_ckpt", "recipe", "method", "set", "resume", "resume_w", "quant_act", "weight_bit")
+QUANTIZING = ("cali_ckpt", "recipe", "method", "set", "resume", "resume_w", "quant_act", "weight_bit", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def plan_quantization(args: argparse.Namespace, steps: int, steps_flag: str) -> 
         raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
     if not args.ptq:
         return QuantizationPlan(args, None, None)
+    if args.tensorboard:
+        check_tensorboard()
     recipe = chosen_recipe(args)
     if args.cali_ckpt is not None and not args.resume_w:
         return QuantizationPlan(args, None, args.cali_ckpt)
@@ -195,11 +200,11 @@ def calibrate_and_write(
     team: Team | None = None,
     path: MakePath | None = None,
 ) -> nn.Module:
-    """Calibrate by the plan's recipe and write ckpt.safetensors and ckpt.pth into `folder`; return the network.
+    """Calibrate by the plan's recipe; write ckpt.safetensors, ckpt.pth and report.html into `folder`.
 
-    record: count -> float sampling states of that many samples, where the flags name no file of them. path: makes the
-    sampler's path (see `ddim.linear`), which stages over groups of steps need. Until the
-    result is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
+    Returns the network. record: count -> float sampling states of that many samples, where the flags name no file of
+    them. path: makes the sampler's path (see `ddim.linear`), which stages over groups of steps need. Until the result
+    is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
     with the result if that was written. Of a team's processes the leading one writes; all return the same network.
     """
     args, unfinished, finished, team = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
@@ -229,11 +234,12 @@ def calibrate_and_write(
     with tensor_float32(args.calibration_products == "tf32"):
         run = calibrate(
             *(float_network, adapter, plan.recipe, data, args.seed, trajectories.timesteps),
-            CalibrationLog(folder, device) if team.leads else None,
+            CalibrationLog(folder, device, args.tensorboard) if team.leads else None,
             weights_from=inputs.loaded,
             options=options,
             rollouts=rollouts_of(plan.recipe, trajectories, path),
         )
+    logger.info("device: %s", describe_device(run.network))
     logger.info("states took at most %s bytes", run.store.peak)
     logger.info("peak memory: %s bytes", peak_memory(device))
     if team.leads:
@@ -241,7 +247,13 @@ def calibrate_and_write(
         write_calibrated(folder, run, trajectories.timesteps, provenance)
         (unfinished / STATES_NAME).unlink(missing_ok=True)
         run.record.remove()
+        write_report(folder)
     return run.network
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html of a calibration into its folder, from the files that lie there."""
+    write(calibration_report(folder / CHECKPOINT_NAME, folder / LOG_NAME, folder / "run.log"), folder / REPORT_NAME)
 
 
 def rollouts_of(recipe: Recipe, trajectories: Trajectories, path: MakePath | None) -> Rollouts | None:
@@ -303,7 +315,7 @@ def load_calibrated(
 def _load_native(
     args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
 ) -> tuple[nn.Module, Recipe]:
-    if getattr(args, "runtime", "simulate") in ("integer", "onnx"):  # these never hold the float weights
+    if keeps_codes(getattr(args, "runtime", "simulate"), getattr(args, "prefer", "speed")):
         found = load_integer(path, activations=activations)
     else:
         found = load_checkpoint(path)

@@ -158,8 +158,11 @@ class QuantAttention(nn.Module):
     """Attention products with quantized operands: q, k, the softmax output (w) and v.
 
     q and k are each multiplied by `operand_scale` before they are quantized, the scores by `score_scale` after their
-    product. Operands: [..., tokens, channels].
+    product. Operands: [..., tokens, channels]. `policy` is how integer runtimes carry the products out, which a
+    checkpoint records (docs/integer.md).
     """
+
+    policy = "integer"
 
     def __init__(self, product: nn.Module, act_spec: QuantSpec, softmax_spec: QuantSpec, steps: StepTable) -> None:
         super().__init__()

@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from qdiff.checkpoints import Checkpoint, PackedFile
-from qdiff.deploy.layers import ATTENTION_POLICIES, IntegerAttention, OperandGrid, integer_layer
+from qdiff.deploy.layers import IntegerAttention, OperandGrid, integer_layer
 from qdiff.layers import QuantAttention, QuantLayer, act_quantizers
 from qdiff.packing import unpack_codes
 from qdiff.steps import StepTable
 
 
-def _integer_attention(module: nn.Module, steps: StepTable, policy: str) -> IntegerAttention | None:
+def _integer_attention(module: nn.Module, steps: StepTable, policy: str | None) -> IntegerAttention | None:
     """The module's integer form; None for what is no attention product with quantized operands."""
     if not isinstance(module, QuantAttention):
         return None
     operands = (getattr(module, f"act_quantizer_{operand}") for operand in "qkvw")
-    return IntegerAttention(module, steps, policy) if all(each.enabled for each in operands) else None
+    return IntegerAttention(module, steps, policy or module.policy) if all(each.enabled for each in operands) else None
 
 
 @torch.no_grad()
-def integer_network(network: nn.Module, attention: str = "integer") -> nn.Module:
+def integer_network(network: nn.Module, attention: str | None = None) -> nn.Module:
     """A copy of a calibrated network with integer layers in place of the quantized ones; no float weight is copied.
 
     It is called as the network itself. Layers that a rule leaves float stay as they are. attention: the policy of
-    `IntegerAttention`. Raises ValueError naming a layer that is not calibrated.
+    `IntegerAttention`, None for the network's own. Raises ValueError naming a layer that is not calibrated.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, QuantLayer) and layer.weight_quantizers and not layer.frozen:
@@ -58,7 +58,6 @@ def load_integer(path: str | Path, attention: str | None = None, activations: bo
     if not activations:
         for quantizer in act_quantizers(file.network).values():
             quantizer.enabled = False
-    attention = attention or file.about.get("attention", ATTENTION_POLICIES[0])
     for name, layer, packed in file.layers():
         spec = layer.weight_quantizers[0].spec
         codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo)

@@ -39,8 +39,8 @@ def prepare(
     "simulate": float arithmetic on the grids. "integer": products of codes, by fused kernels on a GPU, by the exact
     reference on a CPU (slow: for verification). "onnx": ONNX Runtime, on the CPU. "auto": the fastest on the device by
     measurement at the first call, or the smallest of those that are made for speed where `prefer` is "memory"; `report`
-    hears what was measured. attention: the policy of `qdiff.deploy.layers.IntegerAttention`; None: that of an integer
-    network, and "integer" for others. The network may be given up afterwards: what runs shares memory with it at most.
+    hears what was measured. attention: the policy of `qdiff.deploy.layers.IntegerAttention`, None for the one that the
+    network's checkpoint records. The network may be given up afterwards: what runs shares memory with it at most.
 
     Raises ValueError for unknown names, for a runtime that the device or the installation does not have, and naming a
     layer that is not calibrated.
@@ -78,14 +78,18 @@ def load(
     whole network are ever held. Raises FileNotFoundError, or ValueError naming the file or the runtime.
     """
     check_runtime(runtime, torch.device(device), prefer)
-    if runtime == "simulate" or (runtime == "auto" and prefer == "speed"):
-        found = load_checkpoint(path)
-        attention = attention or found.provenance.get("attention")
-    else:
+    if keeps_codes(runtime, prefer):
         found = load_integer(path, attention)
+    else:
+        found = load_checkpoint(path)
     return prepare(
         *(found.network, found.adapter, runtime), device=device, prefer=prefer, attention=attention, report=report
     )
+
+
+def keeps_codes(runtime: str, prefer: str = "speed") -> bool:
+    """Whether a runtime never asks for the float weights, so that a checkpoint is best loaded without them."""
+    return runtime in ("integer", "onnx") or (runtime == "auto" and prefer == "memory")
 
 
 def check_runtime(runtime: str, device: torch.device, prefer: str = "speed") -> None:
@@ -112,7 +116,7 @@ def _has_integers(network: nn.Module) -> bool:
 def _as_integer(network: nn.Module, attention: str | None) -> nn.Module:
     if _has_integers(network) and is_integer(network):
         return network
-    return integer_network(network, attention or "integer")
+    return integer_network(network, attention)
 
 
 def _integer(network: nn.Module, adapter: Adapter, device: torch.device) -> nn.Module:
@@ -153,6 +157,16 @@ class Deferred(nn.Module):
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
         self.step_table = step_table
 
+    @property
+    def running(self) -> nn.Module | None:
+        """What runs, once the first call has been made."""
+        return None
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of the parameters and buffers, or the model, that run; None before the first call."""
+        return None if self.running is None else weight_bytes(self.running)
+
 
 class OnnxAtFirstCall(Deferred):
     """A network run by ONNX Runtime; the graph is made for the sizes of the inputs, anew when they change."""
@@ -162,6 +176,10 @@ class OnnxAtFirstCall(Deferred):
         self._network, self._adapter = (network,), adapter  # in a tuple: its parameters are not this module's
         self._sizes: tuple | None = None
         self._session: nn.Module | None = None
+
+    @property
+    def running(self) -> nn.Module | None:
+        return self._session
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; t: [N]; context: what the network is conditioned on. Returns the predicted noise."""
@@ -183,6 +201,10 @@ class FastestAtFirstCall(Deferred):
         self._candidates, self._report = candidates, report
         self._chosen: tuple[nn.Module, ...] = ()
 
+    @property
+    def running(self) -> nn.Module | None:
+        return self._chosen[0] if self._chosen else None
+
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """See `OnnxAtFirstCall`."""
@@ -194,6 +216,15 @@ class FastestAtFirstCall(Deferred):
             self._report(f"runtime auto: {found} for {len(x)} samples; taking {best}")
             self._chosen, self._candidates = (self._candidates[best],), {}
         return self._chosen[0](*arguments)
+
+
+def weight_bytes(network: nn.Module) -> int | None:
+    """Bytes of a network's parameters and buffers, as it runs; None where that shows at its first call."""
+    own = getattr(network, "weight_bytes", None)
+    if own is not None or isinstance(network, Deferred):
+        return own
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def median_ms(run: Callable[[], object], warm_up: int = WARM_UP, repeats: int = REPEATS) -> float:

@@ -178,6 +178,10 @@ class ChosenAtFirstCall(Deferred):
         self._waiting: tuple | None = (network, adapter, report, dtype, timer, compiler)
         self._chosen: tuple[nn.Module, ...] = ()
 
+    @property
+    def running(self) -> nn.Module | None:
+        return self._chosen[0] if self._chosen else None
+
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; t: [N]; context: what the network is conditioned on. Returns the predicted noise."""

@@ -50,6 +50,8 @@ def to_kernels(
     for feed in adapter.norm_feeds(network):
         _fuse(network, feed)
     _cast_rest(network, dtype)
+    # The first parameter, whose type samplers take for their states: these stay float32 whatever the network takes.
+    network.placeholder = nn.Parameter(torch.empty(0, device=network.step_table.lookup.device), requires_grad=False)
     network.register_forward_hook(_as_input, with_kwargs=True)
     return network
 

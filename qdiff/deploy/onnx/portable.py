@@ -108,10 +108,13 @@ class PortableLowering(Lowering):
     def lower_attention(self, op: Op) -> str:
         plan, (q, k, v) = op["plan"], op.inputs
         q, k = (self._scaled(self.natural(view), plan.operand_scale) for view in (q, k))
-        q, k, v = (self._snapped(x, plan.grids.get(o)) for x, o in ((q, "q"), (k, "k"), (self.natural(v), "v")))
         order = list(range(len(op.shape)))
+        # In front of its quantizer: ONNX Runtime repeats a pair that a Transpose follows, and errs with signed codes.
         transposed = self.builder.add("Transpose", k, perm=[*order[:-2], order[-1], order[-2]])
-        scores = self._scaled(self.builder.add("MatMul", q, transposed), plan.score_scale)
+        q, k, v = (
+            self._snapped(x, plan.grids.get(o)) for x, o in ((q, "q"), (transposed, "k"), (self.natural(v), "v"))
+        )
+        scores = self._scaled(self.builder.add("MatMul", q, k), plan.score_scale)
         weights = self._snapped(self.builder.add("Softmax", scores, axis=-1), plan.grids.get("w"))
         return self.builder.add("MatMul", weights, v)
 

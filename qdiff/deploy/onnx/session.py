@@ -76,6 +76,13 @@ class OnnxNetwork(nn.Module):
         found._folder = folder  # read again by sessions that are opened later
         return found
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model, which are those of its weights for the most part."""
+        if isinstance(self._model, bytes):
+            return len(self._model)
+        return sum(file.stat().st_size for file in Path(self._model).parent.glob(f"{Path(self._model).name}*"))
+
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; t: [N]; context: as the network's. Raises ValueError for other sizes than the model's."""
