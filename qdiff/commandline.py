@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from qdiff.calibration.store import MemoryLimits
+from qdiff.deploy.runtime import PREFERENCES, RUNTIMES, check_runtime
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.overrides import apply_overrides
 from qdiff.spec import COMPAT, Recipe
@@ -129,12 +130,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
-    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
-    group.add_argument("--weight_bit", type=whole(2, 8), help="bits of weights, 2 to 8 (default: 8)")
-    group.add_argument("--act_bit", type=whole(2, 8), help="bits of activations, 2 to 8 (default: 8)")
-    group.add_argument("--sm_abit", type=whole(2, 16), help="bits of softmax outputs, 2 to 16 (default: 8)")
-    group.add_argument("--a_sym", action="store_true", help="symmetric activations")
-    group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
+    add_structure_flags(group)
     modes = ", ".join(f"{mode}: {method}" for mode, method in QUANT_MODES.items())
     group.add_argument("--quant_mode", choices=QUANT_MODES, default="qdiff", help=f"methods' original names ({modes})")
     methods = f"calibration method, with its own defaults: {', '.join(METHODS)}"
@@ -149,6 +145,16 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compat", nargs="*", choices=COMPAT, default=(), metavar="FAULT", help=faults)
     add_calibration_flags(parser.add_argument_group("calibration"))
     add_machine_flags(parser)
+
+
+def add_structure_flags(group: argparse._ArgumentGroup) -> None:
+    """What Q-Diffusion's checkpoints do not say about themselves: --quant_act, bit widths, --a_sym, --split."""
+    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
+    group.add_argument("--weight_bit", type=whole(2, 8), help="bits of weights, 2 to 8 (default: 8)")
+    group.add_argument("--act_bit", type=whole(2, 8), help="bits of activations, 2 to 8 (default: 8)")
+    group.add_argument("--sm_abit", type=whole(2, 16), help="bits of softmax outputs, 2 to 16 (default: 8)")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activations")
+    group.add_argument("--split", action="store_true", help="split shortcuts fed by concatenated features")
 
 
 def add_set_flag(group: argparse._ArgumentGroup) -> None:
@@ -175,7 +181,8 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """How a calibration is carried out: --max_memory, --scratch, --calibration_products, --resume_calibration."""
+    """How a calibration is carried out: --max_memory, --scratch, --calibration_products, --resume_calibration,
+    --tensorboard."""
     group = parser.add_argument_group("calibration on this machine", "None of these changes what comes out.")
     sizes = "memory for calibration states, as 8GB, or DEVICE,HOST as 20GB,60GB; what is beyond goes to disk"
     group.add_argument("--max_memory", type=memory_limits, metavar="SIZE", help=f"{sizes} (default: no limit)")
@@ -184,6 +191,28 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration_products", choices=PRODUCTS, default="float32", help=kinds)
     resumes = "insist on going on with an unfinished run (done by itself where the output folder has one of this plan)"
     group.add_argument("--resume_calibration", action="store_true", help=resumes)
+    events = "also write losses and errors for TensorBoard, into tensorboard/ of the run's folder"
+    group.add_argument("--tensorboard", action="store_true", help=events)
+
+
+def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
+    """--runtime, --prefer; what they ask for is checked by `check_runtime_flags`."""
+    group = parser.add_argument_group("running", "How the quantized model computes (docs/running.md).")
+    kinds = "float arithmetic on the grids, products of integers, ONNX Runtime, or the fastest here by measurement"
+    group.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=kinds)
+    group.add_argument("--prefer", choices=PREFERENCES, default=PREFERENCES[0], help="what --runtime auto looks for")
+
+
+def check_runtime_flags(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise ValueError naming the flag where --runtime, --prefer and --ptq are at odds, or the runtime is not here."""
+    if args.runtime != "simulate" and not args.ptq:
+        raise ValueError(f"--runtime {args.runtime}: runs a quantized model, so it needs --ptq")
+    if args.prefer != PREFERENCES[0] and args.runtime != "auto":
+        raise ValueError(f"--prefer {args.prefer}: tells --runtime auto what to look for, found {args.runtime}")
+    try:
+        check_runtime(args.runtime, device, args.prefer)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def warn_without_effect(args: argparse.Namespace) -> None:

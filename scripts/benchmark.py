@@ -4,6 +4,7 @@
 simulate: one network evaluation of the simulated quantized model against the float model's.
 memory: peak memory of loading a latent model, quantizing it to nearest, saving and loading it packed.
 rollout: memory and time of an iteration over a group of denoising steps, by the group's size.
+run: latency, throughput, memory and file size of float, compiled and quantized networks, by runtime.
 calibrate: iterations of every unit, capture, ranges and peak memory; with --against plain, ratios to a plain loop.
 """
 
@@ -11,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from calibration_benchmark import UNIT_COLUMNS, WORK_COLUMNS, add_calibrate_comm
 from memory_benchmark import MEMORY_COLUMNS, add_memory_command, memory
 from pixel_model import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
 from rollout_benchmark import ROLLOUT_COLUMNS, add_rollout_command, rollout
+from run_benchmark import RUN_COLUMNS, add_run_command, benchmark_runs, rows_of
+from timing import in_turn
 
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import select
@@ -47,29 +48,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_memory_command(commands)
     add_rollout_command(commands)
     add_calibrate_command(commands)
+    add_run_command(commands)
     return parser.parse_args(argv)
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds that one call takes, the device's queue drained."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - started)
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, after a warm-up, taken in turn so that a change of load meets them all."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 2):
-        for name, run in runs.items():
-            spent = timed(run, device)
-            if repeat >= 2:
-                times[name].append(spent)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 @torch.no_grad()
@@ -107,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.command in ("simulate", "rollout"):
         about["batch_size"] = args.batch_size
+    if args.command == "run":
+        about |= {"model": str(args.resume_base or args.config), "batch_size": args.batch_size}
+        about |= {"rows": " ".join(rows_of(args, device)), "attention": args.attention or "as the file has it"}
     if args.command == "calibrate":
         about |= {"states": args.cali_st * args.cali_n, "products": args.products}
     if args.dry_run:
@@ -125,6 +108,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The command's tables, and other numbers, by name."""
     if args.command == "calibrate":
         return benchmark_calibration(args, device)
+    if args.command == "run":
+        return benchmark_runs(args, device)
     if args.command == "rollout":
         return {"rollouts": rollout(args)}
     return {"rows": simulate(args) if args.command == "simulate" else memory(args)}
@@ -137,10 +122,13 @@ def show(found: dict[str, Any]) -> None:
         "rollouts": ROLLOUT_COLUMNS,
         "units": UNIT_COLUMNS,
         "work": WORK_COLUMNS,
+        "runs": RUN_COLUMNS,
     }
     for name, value in found.items():
         if name in tables:
             print(markdown_table(value, present(value, tables[name])))
+        elif isinstance(value, list):
+            print(*value, sep="\n")
         else:
             print(f"{name}: {value}")
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from benchmark_subject import Subject, load_subject
+from named_model import add_named_model_flags
 from plain_calibration import Counter, counting, plain_optimise
+from timing import seconds_of, synchronize
 from torch import nn
 
 from qdiff.calibration.frontier import Frontier, PlainFrontier
@@ -63,12 +65,7 @@ WORK_COLUMNS = [
 def add_calibrate_command(commands: argparse._SubParsersAction) -> None:
     """The `calibrate` subcommand's flags."""
     parser = commands.add_parser("calibrate", help="speed of a calibration's parts, and against a plain one")
-    model = parser.add_argument_group("model")
-    model.add_argument("--config", type=Path, help="configuration of a pixel or latent model")
-    model.add_argument("--use_pretrained", action="store_true", help="pixel models: the configuration's weights")
-    model.add_argument("--ckpt", type=Path, help="pixel models: float weights of your own")
-    model.add_argument("-r", "--resume_base", type=Path, help="latent models: checkpoint or its folder")
-    model.add_argument("--random", action="store_true", help="random weights of the configuration's sizes")
+    add_named_model_flags(parser)
     states = parser.add_argument_group("calibration states", "Noise: only time is measured.")
     states.add_argument("--cali_st", type=whole(1), default=4, help="sampler steps to calibrate on")
     states.add_argument("--cali_n", type=whole(1), default=16, help="samples of each of those steps")
@@ -88,21 +85,6 @@ def add_calibrate_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     add_run_flags(parser)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, the device's queue drained."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def spent(work: Callable[[], object], device: torch.device, counter: Counter) -> dict[str, float]:
@@ -292,6 +274,8 @@ def agreement(run: Calibration, other: Calibration) -> dict[str, Any]:
 def benchmark_calibration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The rows of both tables, and what else there is to say, by name."""
     with tensor_float32(args.products == "tf32"):
+        if args.method is not None and args.against is None:
+            raise ValueError("--method: whole calibrations are only compared; add --against plain")
         subject = load_subject(args, device)
         data = subject.states(args.cali_st, args.cali_n, args.seed)
         recipe = make_recipe("q-diffusion", options_of(args, subject))

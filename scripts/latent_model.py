@@ -18,8 +18,10 @@ from sampling import (
     FIRST_CALIBRATION_IMAGE,
     Sample,
     batches,
+    describe_runtime,
     missing_batches,
     open_run,
+    prepared,
     record_batches,
     sample_batches,
 )
@@ -136,6 +138,7 @@ class LatentPlan:
             "asked_for": digest_of(self.entries),
             "calibrated_on": None if recipe is None else digest_of(self.calibration_entries),
             **self.quantization.describe(),
+            **describe_runtime(self.args),
             "config": OmegaConf.to_container(self.config, resolve=True),
         }
 
@@ -189,7 +192,8 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     inputs = read_inputs(
         *(quantization, ADAPTER, build, pipeline.shape, pipeline.timesteps(), conditional, pipeline.path)
     )
-    model = load_model(plan.config, plan.checkpoint).to(plan.device)
+    needed = inputs.loaded is None or quantization.recipe is not None  # a packed network may stand in for the float one
+    model = load_model(plan.config, plan.checkpoint, network=needed).to(plan.device)
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
     folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration, team)
@@ -200,14 +204,24 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     if plan.entries and team.leads:
         name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
         write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
-    logger.info("%s model from %s", inputs.label(quantization), plan.checkpoint)
+    label = inputs.label(quantization)
+    logger.info("%s model from %s", label, plan.checkpoint)
     warn_without_effect(args)
-    network = quantized_network(plan, inputs, model, folder, team).to(plan.device)
+    network = quantized_network(plan, inputs, model, folder, team)
     warn_of_other_sampler(network, pipeline.timesteps())
+    del inputs  # what runs may take less memory than what was loaded
+    if args.ptq:
+        release_network(model)
+    network = prepared(network, ADAPTER, args, plan.device, team)
     write_images(plan, model, network, folder, team)
     if team.leads:
-        print(f"{plan.images} images of the {inputs.label(quantization)} model in {plan.path_of(folder, 0).parent}")
+        print(f"{plan.images} images of the {label} model in {plan.path_of(folder, 0).parent}")
     return folder
+
+
+def release_network(model: LatentDiffusion) -> None:
+    """Give up the float network; first stage and conditioning stay."""
+    model.model.diffusion_model = nn.Identity()
 
 
 def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, folder: Path, team: Team) -> nn.Module:

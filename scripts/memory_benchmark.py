@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -74,9 +75,18 @@ def quantize_and_save(config_path: Path, checkpoint: Path, packed: Path, bits: i
 def _measured(work: Callable, arguments: tuple, results: multiprocessing.Queue) -> None:
     started = time.monotonic()
     work(*arguments)
+    results.put((time.monotonic() - started, peak_resident()))
+
+
+def peak_resident() -> int:
+    """Bytes of this process resident at most, mapped pages of files included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike ru_maxrss, it does not begin with what the process was forked from
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf8"))
+        if found is not None:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    results.put((time.monotonic() - started, peak))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def in_own_process(work: Callable, *arguments) -> dict[str, float]:

@@ -25,7 +25,7 @@ from pixel_model import (
     record,
     sampler_of,
 )
-from sampling import batches, missing_batches, open_run, sample_batches
+from sampling import batches, describe_runtime, missing_batches, open_run, prepared, sample_batches
 from torch import nn
 
 from ddim.images import save_png
@@ -42,7 +42,9 @@ from qdiff.commandline import (
     GOES_ON,
     add_quantization_flags,
     add_run_flags,
+    add_runtime_flags,
     add_team_flags,
+    check_runtime_flags,
     choose_device,
     make_parser,
     print_plan,
@@ -67,6 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--sequence", action="store_true", help="also keep the sampling sequence of the first batch")
     group.add_argument("--cond", action="store_true", help="no effect: these models are unconditional")
     add_quantization_flags(parser)
+    add_runtime_flags(parser)
     add_run_flags(parser)
     add_team_flags(parser)
     return parser.parse_args(argv)
@@ -92,6 +95,7 @@ class Plan:
             **self.pipeline.describe(),
             "sequence": self.args.sequence,
             **self.quantization.describe(),
+            **describe_runtime(self.args),
             "weights": str(self.args.ckpt or self.config.get("pretrained")),
             "model": OmegaConf.to_container(self.config, resolve=True),
         }
@@ -110,8 +114,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = read_config(args)
     pipeline = make_pipeline(args, config)
     quantization = plan_quantization(args, len(pipeline.timesteps()), f"--timesteps {args.timesteps}")
+    device = choose_device(args.device)
+    check_runtime_flags(args, device)
     folder = Path("outputs/ddim" if args.logdir == "none" else args.logdir) / "samples"
-    return Plan(args, config, pipeline, choose_device(args.device), quantization, folder)
+    return Plan(args, config, pipeline, device, quantization, folder)
 
 
 def sample(plan: Plan, network: nn.Module, team: Team) -> None:
@@ -188,7 +194,9 @@ def execute(plan: Plan, team: Team) -> None:
             pipeline.path,
         )
     warn_of_other_sampler(network, pipeline.timesteps())
-    sample(plan, network.to(plan.device), team)
+    inputs = model = None  # what runs may take less memory than what was calibrated or loaded
+    network = prepared(network, ADAPTER, args, plan.device, team)
+    sample(plan, network, team)
     if team.leads:
         print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
 

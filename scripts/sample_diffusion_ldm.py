@@ -26,7 +26,9 @@ from qdiff.commandline import (
     GOES_ON,
     add_quantization_flags,
     add_run_flags,
+    add_runtime_flags,
     add_team_flags,
+    check_runtime_flags,
     choose_device,
     make_parser,
     number,
@@ -61,6 +63,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("-l", "--logdir", default="none", help="output folder; none means outputs/ldm")
     group.add_argument("--cond", action="store_true", help="no effect: conditional models are always conditioned")
     add_quantization_flags(parser)
+    add_runtime_flags(parser)
     add_run_flags(parser, seed=None)
     add_team_flags(parser)
     parser.set_defaults(family="latent")
@@ -98,13 +101,15 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
     flag = f"--custom_steps {args.custom_steps}"
     pipeline = make_pipeline(config, (size, size), flag, sampler=sampler, **options)
     entries, calibration_entries, nothing = asked_for(args, config)
+    quantization, device = plan_quantization(args, len(pipeline.timesteps()), flag), choose_device(args.device)
+    check_runtime_flags(args, device)
     return LatentPlan(
         args,
         config,
         checkpoint,
         pipeline,
-        choose_device(args.device),
-        plan_quantization(args, len(pipeline.timesteps()), flag),
+        device,
+        quantization,
         Path("outputs/ldm" if args.logdir == "none" else args.logdir) / "samples",
         images=len(entries) or args.n_samples,
         batch_size=args.batch_size,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from qdiff.adapters import Adapter
 from qdiff.calibrated import RECORD_NAME
 from qdiff.calibration.record import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.commandline import new_folder
+from qdiff.deploy.runtime import prepare
 from qdiff.files import write_text
 from qdiff.parallel import Team
 
+logger = logging.getLogger(__name__)
 # Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
 FIRST_CALIBRATION_IMAGE = 2**31
 CONFIG_NAME = "sampling_config.yaml"
@@ -80,6 +86,25 @@ def record_batches(
 
     for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe, team):
         yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
+
+
+def describe_runtime(args: argparse.Namespace) -> dict[str, str]:
+    """Plain data that say how the network computes; for --dry_run, and to know a run again."""
+    return {"runtime": args.runtime} | ({"prefer": args.prefer} if args.runtime == "auto" else {})
+
+
+def prepared(
+    network: nn.Module, adapter: Adapter, args: argparse.Namespace, device: torch.device, team: Team = ALONE
+) -> nn.Module:
+    """The network, float or calibrated, as --runtime and --prefer have it run on the device."""
+
+    def report(line: str) -> None:
+        logger.info(line)
+        if team.leads:
+            tqdm.write(line)  # it is known at the first call, when a progress bar is on the screen
+
+    logger.info("runtime: %s", args.runtime)
+    return prepare(network, adapter, args.runtime, device=device, prefer=args.prefer, report=report)
 
 
 def open_run(

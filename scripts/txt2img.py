@@ -29,7 +29,9 @@ from qdiff.commandline import (
     GOES_ON,
     add_quantization_flags,
     add_run_flags,
+    add_runtime_flags,
     add_team_flags,
+    check_runtime_flags,
     choose_device,
     make_parser,
     number,
@@ -80,6 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--skip_save", action="store_true", help="keep only the grid, not each image")
     group.add_argument("--n_rows", type=whole(0), default=0, help="images in a row of the grid (0: --n_samples)")
     add_quantization_flags(parser)
+    add_runtime_flags(parser)
     add_run_flags(parser, seed=42)
     add_team_flags(parser)
     parser.set_defaults(family="text")
@@ -128,13 +131,15 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
     pipeline = make_pipeline(config, latent_size(args, config), flag, sampler=sampler, **options)
     prompts = [args.prompt] * args.n_samples if args.from_file is None else read_prompts(args.from_file, "--from-file")
     calibrating = prompts if args.cali_prompts is None else read_prompts(args.cali_prompts, "--cali_prompts")
+    quantization, device = plan_quantization(args, len(pipeline.timesteps()), flag), choose_device(args.device)
+    check_runtime_flags(args, device)
     return LatentPlan(
         args,
         config,
         checkpoint,
         pipeline,
-        choose_device(args.device),
-        plan_quantization(args, len(pipeline.timesteps()), flag),
+        device,
+        quantization,
         args.outdir,
         images=args.n_iter * len(prompts),
         batch_size=args.n_samples,

@@ -1,0 +1,37 @@
+"""Time that calls take, the device's queue drained: what the benchmarks share."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+WARM_UP = 2
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, the device's queue drained."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each, after a warm-up, taken in turn so that a change of load meets them all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + WARM_UP):
+        for name, run in runs.items():
+            spent = 1e3 * seconds_of(run, device)
+            if repeat >= WARM_UP:
+                times[name].append(spent)
+    return {name: statistics.median(found) for name, found in times.items()}
