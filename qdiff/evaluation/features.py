@@ -61,11 +61,17 @@ class Cifar10Features(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images: [N, 3, 32, 32] in [-1, 1]. Returns features [N, 256] and logits [N, 10] in the order of CLASSES."""
-        h = self.c1(self.stem(images))
-        h = self.c2(h + self.r1(h))
-        h = h + self.r2(h)
-        features = h.mean(dim=(2, 3))
+        features = self.maps(images)[-1].mean(dim=(2, 3))
         return features, self.fc(features)
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images: [N, 3, 32, 32] in [-1, 1]. Returns [N, 64, 32, 32] after the stem, [N, 128, 16, 16] and
+        [N, 256, 8, 8] after the residual sums."""
+        first = self.stem(images)
+        h = self.c1(first)
+        second = h + self.r1(h)
+        h = self.c2(second)
+        return first, second, h + self.r2(h)
 
 
 class Cifar10FeatureExtractor(FeatureExtractorBase):

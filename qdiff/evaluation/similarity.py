@@ -1,11 +1,15 @@
-"""PSNR between a quantized model's images and the float model's, seed for seed.
+"""PSNR and SSIM between a quantized model's images and the float model's, seed for seed.
 
 The toolkit's tables report the pooled PSNR: it is finite unless every image is identical, while the mean of per-image
 decibels is carried by the few images that hardly changed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # arXiv cs/0404043's window: a Gaussian, its weights adding up to 1
+SSIM_K1, SSIM_K2 = 0.01, 0.03  # shares of the range of values, squared, that keep divisions stable
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -28,6 +32,37 @@ def psnr_db(images: Tensor, reference: Tensor, eight_bit: bool = False) -> Tenso
 def pooled_psnr_db(images: Tensor, reference: Tensor, eight_bit: bool = False) -> float:
     """10 log10(1 / mean squared error over all images) in dB; arguments and errors as in `psnr_db`."""
     return decibels(squared_errors(images, reference, eight_bit).mean()).item()
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each image, float64 [N]: 1 where identical.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity" (IEEE TIP 2004), over the
+    places where the whole window lies inside the image, per channel, averaged over places and channels.
+    images, reference: uint8 [N, C, H, W]. Raises ValueError for unequal shapes, others, or sides below the window's.
+    """
+    if images.dtype != torch.uint8 or reference.dtype != torch.uint8 or images.shape != reference.shape:
+        found = " and ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (images, reference))
+        raise ValueError(f"images and reference: expected two equal shapes [N, C, H, W] of uint8, found {found}")
+    if images.ndim != 4 or min(images.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"images: expected sides of at least {SSIM_WINDOW} pixels, found {list(images.shape)}")
+    a, b = (x.double().flatten(0, 1).unsqueeze(1) for x in (images, reference))
+    mean_a, mean_b = _windowed(a), _windowed(b)
+    variance_a, variance_b = _windowed(a * a) - mean_a**2, _windowed(b * b) - mean_b**2
+    covariance = _windowed(a * b) - mean_a * mean_b
+    c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
+    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (brightness * structure).view(*images.shape[:2], -1).mean((1, 2)).cpu()
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """[M, 1, H, W] float64, averaged with the Gaussian window; [M, 1, H - 10, W - 10]."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    weights = (-0.5 * (offsets / SSIM_SIGMA) ** 2).exp()
+    weights = weights / weights.sum()
+    rows = F.conv2d(x, weights.view(1, 1, -1, 1))
+    return F.conv2d(rows, weights.view(1, 1, 1, -1))
 
 
 def squared_errors(images: Tensor, reference: Tensor, eight_bit: bool) -> Tensor:

@@ -21,7 +21,9 @@ SCRIPTS = {
     "compare_methods": (),
     "check_checkpoint": (),
     "sensitivity": (),
+    "evaluate": (),
     "benchmark": ("simulate",),
+    "export": (),
 }
 
 

@@ -43,6 +43,25 @@ def test_the_same_statistics_are_at_no_distance():
     assert abs(frechet_distance(train, train)) < 1e-8
 
 
+def by_symmetric_roots(a, b):
+    """The distance once more, from eigenvalues of symmetric matrices."""
+    values, axes = np.linalg.eigh(a.sigma)
+    root = (axes * np.sqrt(values.clip(0))) @ axes.T
+    roots = np.sqrt(np.linalg.eigvalsh(root @ b.sigma @ root).clip(0)).sum()
+    return ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * roots
+
+
+def test_an_independent_computation_agrees(cifar_test):
+    train, images = load_train_statistics(), cifar_test[0][:60]
+    found = feature_statistics(images)
+    assert frechet_distance(found, train) == pytest.approx(by_symmetric_roots(train, found), abs=1e-6)
+    network = features.Cifar10Features.load()
+    with torch.no_grad():
+        values = torch.cat([network(batch / 127.5 - 1)[0] for batch in images.split(37)]).double().numpy()
+    own = Statistics(values.mean(0), np.cov(values.T), len(values))
+    assert fd_cifar10(images) == pytest.approx(by_symmetric_roots(train, own), abs=1e-6)
+
+
 def test_a_shift_of_the_mean_counts_squared():
     train = load_train_statistics()
     moved = Statistics(train.mu + 0.5, train.sigma, train.count)

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from qdiff.evaluation.similarity import pooled_psnr_db, psnr_db, to_uint8
+from qdiff.evaluation.similarity import pooled_psnr_db, psnr_db, ssim, to_uint8
 
 GREY = torch.full((3, 3, 8, 8), 0.5)
 
@@ -76,3 +77,50 @@ def test_levels_are_rounded_to_the_nearest():
 def test_values_without_a_level_are_an_error(value):
     with pytest.raises(ValueError, match=r"expected values in \[0, 1\]"):
         to_uint8(torch.tensor([0.5, value]))
+
+
+def ssim_place_by_place(a, b):
+    """The formula of Wang et al. (2004), window by window. a, b: [H, W] in levels."""
+    offsets = np.arange(11) - 5
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for i in range(a.shape[0] - 10):
+        for j in range(a.shape[1] - 10):
+            x, y = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+            mx, my = (weights * x).sum(), (weights * y).sum()
+            vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+            cov = (weights * (x - mx) * (y - my)).sum()
+            values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return np.mean(values)
+
+
+def test_ssim_is_the_formula():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 14, 17), np.uint8))
+    reference = (images.float() * 0.7 + 20 + torch.from_numpy(rng.normal(0, 20, images.shape))).clamp(0, 255).byte()
+    expected = [
+        np.mean([ssim_place_by_place(a.double().numpy(), b.double().numpy()) for a, b in zip(x, y, strict=True)])
+        for x, y in zip(images, reference, strict=True)
+    ]
+    assert ssim(images, reference).tolist() == pytest.approx(expected, rel=1e-10)
+    assert ssim(reference, images).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_ssim_of_equal_images_is_one():
+    images = torch.randint(0, 256, (2, 3, 11, 30), dtype=torch.uint8)
+    assert ssim(images, images).tolist() == pytest.approx([1, 1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("images", "reference", "message"),
+    [
+        (torch.zeros(1, 3, 12, 12), torch.zeros(1, 3, 12, 12), "found float32"),
+        (torch.zeros(1, 3, 12, 12).byte(), torch.zeros(2, 3, 12, 12).byte(), r"\[2, 3, 12, 12\]"),
+        (torch.zeros(1, 3, 12, 10).byte(), torch.zeros(1, 3, 12, 10).byte(), "sides of at least 11 pixels"),
+    ],
+    ids=["float", "shape", "small"],
+)
+def test_images_without_ssim_are_an_error(images, reference, message):
+    with pytest.raises(ValueError, match=message):
+        ssim(images, reference)
