@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["qdiff", "qdiff.*", "ddim", "ddim.*", "ldm", "ldm.*"]),
+    package_data={"qdiff.evaluation": ["report.css", "report.html.jinja", "report.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -23,14 +24,15 @@ setup(
         "tqdm",
         "torch-fidelity>=0.4.0",
         "matplotlib",
+        "jinja2",
         "pytorch-lightning>=2.6",
         "transformers>=4.40",
         "taming-transformers-rom1504",  # plain taming-transformers lacks VectorQuantizer2
         "einops",  # imported by taming, which does not ask for it
     ],
     extras_require={
-        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "onnx": ["onnx", "onnxruntime"],
         "diffusers": ["diffusers"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff~=0.17.5"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "selenium", "ruff~=0.17.5"],
     },
 )

@@ -86,6 +86,7 @@ class CalibrationLog(BarProgress):
             "iterations": report.iterations,
             "iterations_per_second": round(report.iterations / report.seconds, 2),
             "loss": report.losses[-1][1] if report.losses else None,
+            "losses": [(step, float(f"{loss:.4g}")) for step, loss in report.losses],
             "error_before": report.before,
             "error_after": report.after,
             "kept": report.kept,

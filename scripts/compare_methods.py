@@ -2,8 +2,9 @@
 """Calibrate one model by several methods on the same float states and compare what they make of the same seeds.
 
 Any model: pixel models by --config, latent models by -r. Every method at every bit width runs in a process of its own.
-Writes comparison.png (rows: methods, columns: seeds), errors.png (errors along the sampler's steps), results.json,
-results.md and one packed checkpoint per entry. A comparison that was interrupted goes on where it stopped.
+Writes report.html (all there is to see, in one file), comparison.png (rows: methods, columns: seeds), errors.png
+(errors along the sampler's steps), results.json, results.md and one packed checkpoint per entry. A comparison that was
+interrupted goes on where it stopped.
 """
 
 from __future__ import annotations

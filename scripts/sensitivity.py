@@ -2,7 +2,8 @@
 """Measure what quantizing each unit alone costs, and choose bits for every unit under a budget.
 
 Any model: pixel models by --config, latent models by -r. Writes sensitivity.png (units by sampler steps),
-sensitivity.csv, sensitivity.json, and recipe.yml: a mixed-precision recipe that --recipe of the other scripts takes.
+sensitivity.csv, sensitivity.json, report.html, and recipe.yml: a mixed-precision recipe that --recipe of the other
+scripts takes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from qdiff.calibration.trajectories import concatenate
 from qdiff.commandline import add_run_flags, choose_device, make_parser, number, print_plan, run_main, start_log, whole
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
+from qdiff.evaluation.report import REPORT_NAME, write
+from qdiff.evaluation.report_sensitivity import sensitivity_report
 from qdiff.evaluation.sensitivity import Sensitivity, measure
 from qdiff.evaluation.table import markdown_table
 from qdiff.files import write_text
@@ -179,6 +182,7 @@ def write_results(args: argparse.Namespace, model: ChosenModel, found: Sensitivi
     about = {
         **model.where,
         "act_bits": args.act_bit,
+        "weight_bit": args.weight_bit,
         "timesteps": list(found.timesteps),
         "chosen": chosen,
         "rows": table,
@@ -187,6 +191,7 @@ def write_results(args: argparse.Namespace, model: ChosenModel, found: Sensitivi
     mixed = mixed_recipe(recipe_of(args, model, args.method, args.weight_bit), found, bits)
     write_text(args.outdir / "recipe.yml", mixed.to_yaml())
     draw(args, found)
+    write(sensitivity_report(about, args.outdir / "run.log"), args.outdir / REPORT_NAME)
     return markdown_table(rows_of(args, found, bits), COLUMNS)
 
 

@@ -93,8 +93,8 @@ def only_run(logdir: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """What is below a folder: files with their bytes, folders with None; run.log, which holds times, left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.name != "run.log")
+    """What is below a folder: files with their bytes, folders with None; not what holds times and command lines."""
+    found = (path for path in sorted(folder.rglob("*")) if path.name not in ("run.log", "report.html"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in found}
 
 

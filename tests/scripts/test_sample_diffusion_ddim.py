@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from running import call, launch, only_run, passed, pictures, refused, tree
 from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
 
 from qdiff.checkpoints import load_checkpoint
 from qdiff.layers import quant_layers
@@ -179,15 +180,22 @@ def test_the_logged_flags_read_the_file_as_the_original_code_does(tiny, calibrat
     )
 
 
+def pixels(run):
+    """The images of a run's folder, [N, C, H, W] int."""
+    files = [run / "img" / f"{i}.png" for i in range(len(pictures(run)))]
+    return torch.stack([to_tensor(Image.open(file)) for file in files]).mul(255).round().int()
+
+
 def test_without_quant_act_a_checkpoint_gives_its_weights_only(tiny, calibrated, published, tmp_path):
     flags = ("--ptq", "--weight_bit", 4, "--split")
     found = {}
     for path in (calibrated.folder / "ckpt.safetensors", calibrated.folder / "ckpt.pth", *vars(published).values()):
         result = passed(call(SAMPLE, *tiny.sampling, *flags, "--cali_ckpt", path, "-l", tmp_path / path.name))
         assert "of the W4A32 model" in result.out
-        found[path.name] = pictures(only_run(tmp_path / path.name))
-    assert len({tuple(images) for images in found.values()}) == 1
-    assert found["ckpt.pth"] != pictures(calibrated.folder)
+        found[path.name] = pixels(only_run(tmp_path / path.name))
+    for images in found.values():  # attention without quantizers is a fused kernel in some, and its steps in others
+        assert (images - found["ckpt.pth"]).abs().max() <= 1
+    assert (found["ckpt.pth"] - pixels(calibrated.folder)).abs().max() > 1
 
 
 ALL_COMPAT = (
