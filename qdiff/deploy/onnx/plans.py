@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Codes:
         rows = (-1, *[1] * (self.codes.ndim - 1))
         return ((self.codes - self.zero.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
 
+    def __getitem__(self, rows: slice) -> Codes:
+        """Those of some output channels."""
+        return Codes(self.codes[rows], self.scale[rows], self.zero[rows], self.spec)
+
 
 @dataclass(frozen=True, eq=False)
 class PartPlan:
@@ -86,6 +90,12 @@ class LayerPlan:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
+
+    def outputs(self, rows: slice) -> LayerPlan:
+        """The layer that gives some of the output channels."""
+        parts = tuple(replace(part, weight=part.weight[rows]) for part in self.parts)
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return replace(self, shape=shape, parts=parts, bias=None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True, eq=False)

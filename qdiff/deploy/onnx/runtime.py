@@ -20,6 +20,8 @@ from qdiff.deploy.onnx.plans import Codes, Grid, LayerPlan, PartPlan
 from qdiff.deploy.onnx.tracer import Op, View
 from qdiff.deploy.onnx.windows import moved_rows, source_rows
 
+NARROW = 32  # terms of a sum below which ONNX Runtime multiplies floats faster than codes
+
 
 class RuntimeLowering(ChannelsLastNorms, Lowering):
     """Feature maps [N, C, *spatial] are stored as [N, L, C], L their positions row by row."""
@@ -151,15 +153,15 @@ class RuntimeLowering(ChannelsLastNorms, Lowering):
         q, k, v = op.inputs
         factor = plan.operand_scale**2 * plan.score_scale
         whole = _codes_multiply(grids.get("q"), grids.get("k"))
-        q = self._operand(q, grids.get("q"), kept, whole, np.uint8)
-        k = self._operand(k, grids.get("k"), kept[:-2] + [rank - 1, rank - 2], whole, np.int8)
-        scores = self._operands_product(q, k, grids.get("q"), grids.get("k"), whole, factor)
+        q_codes = self._operand(q, grids.get("q"), kept, whole, np.uint8)
+        k_codes = self._operand(k, grids.get("k"), kept[:-2] + [rank - 1, rank - 2], whole, np.int8)
+        scores = self._operands_product(q_codes, k_codes, grids.get("q"), grids.get("k"), whole, factor, q.shape[-1])
         weights = self.builder.add("Softmax", scores, axis=-1)
         whole = _codes_multiply(grids.get("w"), grids.get("v"))
         if "w" in grids:
             weights = self.quantize(weights, grids["w"]) if whole else self.snap(weights, grids["w"])
         v = self._operand(v, grids.get("v"), kept, whole, np.int8)
-        output = self._operands_product(weights, v, grids.get("w"), grids.get("v"), whole, 1.0)
+        output = self._operands_product(weights, v, grids.get("w"), grids.get("v"), whole, 1.0, op.inputs[1].shape[-2])
         return Stored(output, tuple((i,) for i in kept))
 
     def _operand(self, view: View, grid: Grid | None, axes: list[int], whole: bool, dtype: type) -> str:
@@ -170,11 +172,15 @@ class RuntimeLowering(ChannelsLastNorms, Lowering):
             stored = Stored(on_grid, stored.dims)
         return self.arrange(view, tuple(view.layout.dims[i] for i in axes), stored)
 
-    def _operands_product(self, a: str, b: str, a_grid, b_grid, whole: bool, factor: float) -> str:
+    def _operands_product(self, a: str, b: str, a_grid, b_grid, whole: bool, factor: float, depth: int) -> str:
+        """factor * a @ b, sums of `depth` products each; of codes if `whole`."""
         if whole:
             zeros = self.stored_zero(a_grid), self.stored_zero(b_grid, np.int8)
             b_scale = self.per_set((b_grid.scale.astype(np.float64) * factor).astype(np.float32))
-            return self.multiply(a, b, self.per_set(a_grid.scale), b_scale, *zeros)
+            if depth >= NARROW:
+                return self.multiply(a, b, self.per_set(a_grid.scale), b_scale, *zeros)
+            a = self.builder.add("DequantizeLinear", a, self.per_set(a_grid.scale), zeros[0])
+            return self.builder.add("MatMul", a, self.builder.add("DequantizeLinear", b, b_scale, zeros[1]))
         product = self.builder.add("MatMul", a, b)
         return product if factor == 1.0 else self.builder.add("Mul", product, self.builder.constant(np.float32(factor)))
 

@@ -196,6 +196,12 @@ class Recorder:
         return self.new("concat", views, result.shape, result.dtype, axis=dim % result.dim())
 
     def _slice(self, x: Recorded, axis: int, start: int, like: Tensor) -> Recorded:
+        op = x.view_of.op
+        of_layer = op.kind == "layer" and x.view_of.layout.is_whole
+        if of_layer and axis == (1 if op["plan"].kind == "conv" else x.dim() - 1):
+            # Layers of their own, side by side: their outputs are written where they are needed, not copied there.
+            plan = op["plan"].outputs(slice(start, start + like.shape[axis]))
+            return self.new("layer", op.inputs, like.shape, like.dtype, plan=plan)
         attributes = {"axis": axis, "start": start, "stop": start + like.shape[axis]}
         return self.new("slice", (x.view_of,), like.shape, like.dtype, **attributes)
 
