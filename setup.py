@@ -33,6 +33,7 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxruntime"],
         "diffusers": ["diffusers"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "selenium", "ruff~=0.17.5"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "selenium", "tensorboard", "ruff~=0.17.5"],
     },
 )
