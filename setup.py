@@ -34,6 +34,15 @@ setup(
         "onnx": ["onnx", "onnxruntime"],
         "diffusers": ["diffusers"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "onnx", "onnxruntime", "selenium", "tensorboard", "ruff~=0.17.5"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "onnx",
+            "onnxruntime",
+            "selenium",
+            "tensorboard",
+            "ruff~=0.17.5",
+        ],
     },
 )
