@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from conditioning import Conditioner, Entry, calibration_conditioner, digest_of, is_conditional
+from kept import Kept, describe_kept
 from omegaconf import DictConfig, OmegaConf
 from sampling import (
     ALONE,
@@ -19,7 +20,6 @@ from sampling import (
     Sample,
     batches,
     describe_runtime,
-    missing_batches,
     open_run,
     prepared,
     record_batches,
@@ -27,7 +27,6 @@ from sampling import (
 )
 from torch import Tensor, nn
 
-from ddim.images import save_png
 from ddim.pretrained import sha256
 from ddim.samplers import to_images
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -116,6 +115,10 @@ class LatentPlan:
         """Where an image lies."""
         return folder / self.picture.format(index)
 
+    def kept(self, folder: Path) -> Kept:
+        """What the run in `folder` keeps of its images."""
+        return Kept(self.args, folder, partial(self.path_of, folder), tuple(self.indices()), self.device)
+
     def paths(self, folder: Path) -> list[Path]:
         """Where all images lie."""
         return [self.path_of(folder, index) for index in range(self.images)]
@@ -139,6 +142,7 @@ class LatentPlan:
             "calibrated_on": None if recipe is None else digest_of(self.calibration_entries),
             **self.quantization.describe(),
             **describe_runtime(self.args),
+            **describe_kept(self.args),
             "config": OmegaConf.to_container(self.config, resolve=True),
         }
 
@@ -199,7 +203,7 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration, team)
     start_log(folder, args.verbose, team.rank)
     if continued and team.leads:
-        there = sum(path.exists() for path in plan.paths(folder))
+        there = plan.kept(folder).count()
         print(f"going on with {folder}: {there} of {plan.images} images are there")
     if plan.entries and team.leads:
         name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
@@ -215,7 +219,8 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     network = prepared(network, ADAPTER, args, plan.device, team)
     write_images(plan, model, network, folder, team)
     if team.leads:
-        print(f"{plan.images} images of the {label} model in {plan.path_of(folder, 0).parent}")
+        kept = plan.kept(folder)
+        print(*kept.finish(), f"{plan.images} images of the {label} model in {kept.place}", sep="\n")
     return folder
 
 
@@ -245,9 +250,7 @@ def quantized_network(plan: LatentPlan, inputs: Inputs, model: LatentDiffusion, 
 @torch.no_grad()
 def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, folder: Path, team: Team) -> None:
     """Sample and write every batch of which an image is missing. Returns when all processes have."""
-    path_of = partial(plan.path_of, folder)
-    path_of(0).parent.mkdir(exist_ok=True)
-    conditioner = None
+    kept, conditioner = plan.kept(folder), None
     if plan.entries:
         conditioner = Conditioner(model, plan.entries.__getitem__, plan.nothing, plan.pipeline.scale != 1)
         _warn_of_long_prompts(model, plan.entries)
@@ -257,11 +260,9 @@ def write_images(plan: LatentPlan, model: LatentDiffusion, network: nn.Module, f
         with _precision(plan):
             return to_images(model.decode_first_stage(latents(batch, observe)).float())
 
-    todo = missing_batches(plan.indices(), path_of, team)
-    for batch, images in sample_batches(sample, len(plan.pipeline.timesteps()), todo, "sampling", team=team):
-        for index, image in zip(batch, images, strict=True):
-            save_png(image, path_of(index))
-        logger.info("images %d to %d", batch.start, batch.stop - 1)
+    steps, todo = len(plan.pipeline.timesteps()), kept.missing(team)
+    for batch, images in sample_batches(sample, steps, todo, "sampling", team=team):
+        kept.write(batch, images)
     team.wait()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from kept import Kept, add_kept_flags, check_kept_flags, describe_kept
 from omegaconf import DictConfig, OmegaConf
 from pixel_model import (
     ADAPTER,
@@ -25,7 +26,7 @@ from pixel_model import (
     record,
     sampler_of,
 )
-from sampling import batches, describe_runtime, missing_batches, open_run, prepared, sample_batches
+from sampling import batches, describe_runtime, open_run, prepared, sample_batches
 from torch import nn
 
 from ddim.images import save_png
@@ -70,6 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--cond", action="store_true", help="no effect: these models are unconditional")
     add_quantization_flags(parser)
     add_runtime_flags(parser)
+    add_kept_flags(parser)
     add_run_flags(parser)
     add_team_flags(parser)
     return parser.parse_args(argv)
@@ -96,17 +98,16 @@ class Plan:
             "sequence": self.args.sequence,
             **self.quantization.describe(),
             **describe_runtime(self.args),
+            **describe_kept(self.args),
             "weights": str(self.args.ckpt or self.config.get("pretrained")),
             "model": OmegaConf.to_container(self.config, resolve=True),
         }
 
-    def path_of(self, index: int) -> Path:
-        """Where an image lies."""
-        return self.folder / "img" / f"{index}.png"
-
-    def paths(self, folder: Path) -> list[Path]:
-        """Where all images of the run in `folder` lie."""
-        return [replace(self, folder=folder).path_of(index) for index in range(self.args.max_images)]
+    def kept(self, folder: Path) -> Kept:
+        """The files of the run in `folder`."""
+        indices = batches(0, self.args.max_images, self.config.sampling.batch_size)
+        path_of = lambda index: folder / "img" / f"{index}.png"  # noqa: E731
+        return Kept(self.args, folder, path_of, tuple(indices), self.device)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -116,6 +117,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     quantization = plan_quantization(args, len(pipeline.timesteps()), f"--timesteps {args.timesteps}")
     device = choose_device(args.device)
     check_runtime_flags(args, device)
+    check_kept_flags(args, pipeline.shape)
     folder = Path("outputs/ddim" if args.logdir == "none" else args.logdir) / "samples"
     return Plan(args, config, pipeline, device, quantization, folder)
 
@@ -125,9 +127,8 @@ def sample(plan: Plan, network: nn.Module, team: Team) -> None:
 
     Batches of which all images are there are not sampled again. Returns when all processes have done theirs.
     """
-    (plan.folder / "img").mkdir(exist_ok=True)
-    indices = list(batches(0, plan.args.max_images, plan.config.sampling.batch_size))
-    indices = missing_batches(indices, plan.path_of, team)
+    files = plan.kept(plan.folder)
+    indices = files.missing(team)
     kept: list[torch.Tensor] = []
 
     def observe(batch: range):
@@ -135,9 +136,7 @@ def sample(plan: Plan, network: nn.Module, team: Team) -> None:
 
     steps, sampler = len(plan.pipeline.timesteps()), sampler_of(plan.pipeline, network)
     for batch, images in sample_batches(sampler, steps, indices, "sampling", observe, team):
-        for index, image in zip(batch, images, strict=True):
-            save_png(image, plan.path_of(index))
-        logger.info("images %d to %d", batch.start, batch.stop - 1)
+        files.write(batch, images)
     if kept:
         (plan.folder / "sequence").mkdir(exist_ok=True)
     for step, states in enumerate(kept):
@@ -168,11 +167,12 @@ def execute(plan: Plan, team: Team) -> None:
     model = load_float_model(args, plan.config) if quantization.loads is None else None
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
-    folder, continued = open_run(plan.folder, description, plan.paths, args.resume_calibration, team)
+    wanted = lambda folder: plan.kept(folder).all_files()  # noqa: E731
+    folder, continued = open_run(plan.folder, description, wanted, args.resume_calibration, team)
     plan = replace(plan, folder=folder)
     start_log(plan.folder, args.verbose, team.rank)
     if continued and team.leads:
-        there = sum(path.exists() for path in plan.paths(folder))
+        there = plan.kept(folder).count()
         print(f"going on with {folder}: {there} of {args.max_images} images are there")
     label = inputs.label(quantization)
     logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
@@ -198,7 +198,8 @@ def execute(plan: Plan, team: Team) -> None:
     network = prepared(network, ADAPTER, args, plan.device, team)
     sample(plan, network, team)
     if team.leads:
-        print(f"{args.max_images} images of the {label} model in {plan.folder / 'img'}")
+        kept = plan.kept(plan.folder)
+        print(*kept.finish(), f"{args.max_images} images of the {label} model in {kept.place}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from conditioning import class_labels, is_conditional, number_of_classes
+from kept import add_kept_flags, check_kept_flags
 from latent_config import read_config
 from latent_model import LatentPlan, downsampling, execute, make_pipeline
 from omegaconf import DictConfig
@@ -64,6 +65,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--cond", action="store_true", help="no effect: conditional models are always conditioned")
     add_quantization_flags(parser)
     add_runtime_flags(parser)
+    add_kept_flags(parser)
     add_run_flags(parser, seed=None)
     add_team_flags(parser)
     parser.set_defaults(family="latent")
@@ -103,6 +105,8 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
     entries, calibration_entries, nothing = asked_for(args, config)
     quantization, device = plan_quantization(args, len(pipeline.timesteps()), flag), choose_device(args.device)
     check_runtime_flags(args, device)
+    pixels = size * downsampling(config)
+    check_kept_flags(args, (3, pixels, pixels))
     return LatentPlan(
         args,
         config,
@@ -151,8 +155,10 @@ def write_npz(plan: LatentPlan, folder: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(parse_args(argv))
     with start_team(plan.args, plan.device) as team:
-        folder = execute(plan, team, lambda folder: [*plan.paths(folder), npz_path(plan, folder)])
-        if folder is not None and team.leads:
+        array = not plan.args.no_images
+        wanted = lambda folder: plan.kept(folder).all_files() + [npz_path(plan, folder)] * array  # noqa: E731
+        folder = execute(plan, team, wanted)
+        if folder is not None and team.leads and array:
             print(write_npz(plan, folder))
 
 

@@ -82,6 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--skip_save", action="store_true", help="keep only the grid, not each image")
     group.add_argument("--n_rows", type=whole(0), default=0, help="images in a row of the grid (0: --n_samples)")
     add_quantization_flags(parser)
+    parser.set_defaults(features=None, no_images=False)  # of txt2img images are wanted, and nothing else
     add_runtime_flags(parser)
     add_run_flags(parser, seed=42)
     add_team_flags(parser)

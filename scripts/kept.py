@@ -1,0 +1,141 @@
+"""What a sampling run keeps of its images: their files, and features, of which statistics are made at the end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_features_to_statistics
+
+from ddim.images import save_png
+from qdiff.evaluation.extractors import CIFAR10, CIFAR10_LAYER, INCEPTION, POOLED, Extractor, found_weights
+from qdiff.evaluation.features import IMAGE_SHAPE
+from qdiff.evaluation.fidelity import METRIC, Statistics, frechet_distance, load_train_statistics
+from qdiff.files import atomic, save_safetensors
+from qdiff.parallel import Team
+
+logger = logging.getLogger(__name__)
+NETWORKS = {"cifar10": (CIFAR10, CIFAR10_LAYER), "inception": (INCEPTION, POOLED)}
+FOLDER, STATISTICS_NAME = "features", "statistics.npz"
+
+
+def add_kept_flags(parser: argparse.ArgumentParser) -> None:
+    """--features, --inception, --no_images."""
+    about = "Made while sampling, batch by batch, so that images need not be kept."
+    group = parser.add_argument_group("statistics", about)
+    networks = "keep the features of every image and write statistics.npz, for evaluate.py --reference and for FID"
+    group.add_argument("--features", choices=NETWORKS, help=networks)
+    group.add_argument("--inception", type=Path, metavar="FILE", help="Inception's weights (default: torch-fidelity's)")
+    group.add_argument("--no_images", action="store_true", help="keep no images, their features alone")
+
+
+def check_kept_flags(args: argparse.Namespace, shape: Sequence[int]) -> None:
+    """shape: (C, H, W) of an image. Raises ValueError naming the flag at fault."""
+    if args.no_images and args.features is None:
+        raise ValueError("--no_images: keeps nothing without --features")
+    if args.inception is not None and args.features != "inception":
+        raise ValueError("--inception: for --features inception")
+    if args.features == "cifar10" and tuple(shape) != IMAGE_SHAPE:
+        raise ValueError(f"--features cifar10: takes images of {list(IMAGE_SHAPE)}, the model makes {list(shape)}")
+    if args.features is not None and _weights(args) is None:
+        raise ValueError("--features inception: no weights found; give --inception FILE (docs/protocol.md)")
+    if args.inception is not None and not args.inception.is_file():
+        raise FileNotFoundError(f"--inception {args.inception}: no such file")
+
+
+def describe_kept(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is known by of it; nothing where it keeps images alone."""
+    return {} if args.features is None else {"features": args.features, "no_images": args.no_images}
+
+
+def _weights(args: argparse.Namespace) -> Path | None:
+    return args.inception or found_weights(NETWORKS[args.features][0])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The files of a run: of images, by index, and of features, by batch."""
+
+    args: argparse.Namespace
+    folder: Path
+    path_of: Callable[[int], Path]
+    indices: tuple[range, ...]
+    device: torch.device
+
+    def features_of(self, batch: range) -> Path:
+        """Where a batch's features lie."""
+        return self.folder / FOLDER / f"{batch.start:07d}.safetensors"
+
+    def files(self, batch: range) -> list[Path]:
+        """All that is kept of a batch."""
+        images = [] if self.args.no_images else [self.path_of(index) for index in batch]
+        return images + [self.features_of(batch)] * (self.args.features is not None)
+
+    def all_files(self) -> list[Path]:
+        """Without which a run is unfinished."""
+        statistics = [self.folder / STATISTICS_NAME] * (self.args.features is not None)
+        return [path for batch in self.indices for path in self.files(batch)] + statistics
+
+    def count(self) -> int:
+        """Images that are there; where none are kept, those whose features are."""
+        if self.args.no_images:
+            return sum(len(batch) for batch in self.indices if self.features_of(batch).exists())
+        return sum(self.path_of(index).exists() for batch in self.indices for index in batch)
+
+    @property
+    def place(self) -> Path:
+        """Where to look."""
+        return self.folder / FOLDER if self.args.no_images else self.path_of(0).parent
+
+    def missing(self, team: Team) -> list[range]:
+        """The batches of which something is not there yet: whole ones, so that images do not depend on interruptions.
+
+        Of a team the leading process looks, before any of them writes.
+        """
+        gone = [batch for batch in self.indices if team.leads and not all(p.exists() for p in self.files(batch))]
+        return team.broadcast(gone)
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        name, layer = NETWORKS[self.args.features]
+        return Extractor(name, (layer,), _weights(self.args), self.device).load()
+
+    @torch.no_grad()
+    def write(self, batch: range, images: Tensor) -> None:
+        """images: [N, C, H, W] in [0, 1], of the batch's indices."""
+        if not self.args.no_images:
+            for index, image in zip(batch, images, strict=True):
+                self.path_of(index).parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, self.path_of(index))
+        if self.args.features is not None:
+            pixels = images.float().mul(255).add(0.5).clamp(0, 255).to(self.device, torch.uint8)  # as in a PNG file
+            (features,) = self._network(pixels)
+            save_safetensors({"features": features.float()}, self.features_of(batch), {})
+        logger.info("images %d to %d", batch.start, batch.stop - 1)
+
+    def finish(self) -> list[str]:
+        """Write statistics.npz once all batches are there. Returns what there is to say about it."""
+        if self.args.features is None:
+            return []
+        parts = [load_file(self.features_of(batch))["features"] for batch in self.indices]
+        features = torch.cat(parts)
+        if len(features) < 2:
+            return [f"{STATISTICS_NAME}: not written, a covariance takes at least 2 images"]
+        found = {key: np.float64(value) for key, value in fid_features_to_statistics(features).items()}
+        path = self.folder / STATISTICS_NAME
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=found["mu"], sigma=found["sigma"], n=len(features))
+        said = [f"{path}: of {len(features)} images"]
+        if self.args.features == "cifar10":
+            own = Statistics(found["mu"], found["sigma"], len(features))
+            said.append(f"{METRIC} to the training images: {frechet_distance(own, load_train_statistics()):.4f}")
+        return said
