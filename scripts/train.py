@@ -53,6 +53,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("-l", "--logdir", type=Path, help="the run's folder (default: outputs/train/<name of --config>)")
     group.add_argument("--export", type=Path, metavar="PATH", help="a folder for the trained model, or a .safetensors")
+    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files, into tensorboard/")
     group.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     args, rest = parser.parse_known_args(argv)

@@ -12,11 +12,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from ldm.seeds import derived_seed
+from qdiff.progress import check_tensorboard
 
 # What a configuration may say about the trainer; the rest are flags.
 TRAINER_OPTIONS = (
@@ -102,6 +103,10 @@ def make_trainer(config: dict[str, Any], folder: Path, args: argparse.Namespace)
     options = dict(config["trainer"])
     if unknown := [name for name in options if name not in TRAINER_OPTIONS]:
         raise ValueError(f"lightning.trainer: expected {', '.join(TRAINER_OPTIONS)}, found {unknown[0]!r}")
+    loggers: list[Logger] = [CSVLogger(folder, name="metrics")]
+    if args.tensorboard:
+        check_tensorboard()
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     checkpoints = ModelCheckpoint(
         (folder / LAST).parent,
         filename=LAST.stem,
@@ -116,7 +121,7 @@ def make_trainer(config: dict[str, Any], folder: Path, args: argparse.Namespace)
             precision="32-true" if args.precision == "32" else args.precision,
             # The bar comes first: what has diverged is not saved.
             callbacks=[StepBar(), SeedEachStep(args.seed), checkpoints, FinalCheckpoint(folder / LAST)],
-            logger=CSVLogger(folder, name="metrics"),
+            logger=loggers,
             default_root_dir=folder,
             # The training batches are one endless epoch, divided among the processes by the data module.
             check_val_every_n_epoch=None,

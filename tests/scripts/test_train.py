@@ -314,3 +314,10 @@ def test_a_training_is_not_overwritten_nor_continued_with_another_seed(tmp_path)
 def test_a_diverged_training_ends(tmp_path):
     result = call("train", *flags("ddim", tmp_path / "run", steps=10), "model.base_learning_rate=1e30")
     refused(result, "the loss is nan after 10 steps; lower model.base_learning_rate")
+
+
+def test_curves_for_tensorboard(tmp_path):
+    """Beside the file of metrics, and only where they are asked for."""
+    passed(call("train", *flags("ddim", tmp_path / "run", "--tensorboard", steps=2)))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((tmp_path / "run").rglob("metrics.csv"))
