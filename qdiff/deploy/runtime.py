@@ -134,9 +134,9 @@ def _chosen_kernels(
     network = _as_integer(network, attention).to(device)
     if prefer == "memory":
         return _integer(network, adapter, device)
-    from qdiff.deploy.kernels.choose import ChosenAtFirstCall
+    from qdiff.deploy.kernels.choose import FastestKernels
 
-    return ChosenAtFirstCall(network, adapter, report)
+    return FastestKernels(network, adapter, report)
 
 
 def _candidates(network: nn.Module, adapter: Adapter, attention: str | None) -> dict[str, nn.Module]:
@@ -154,7 +154,7 @@ class Deferred(nn.Module):
 
     def __init__(self, step_table: nn.Module) -> None:
         super().__init__()
-        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.placeholder = nn.Parameter(torch.empty(0, device=step_table.lookup.device), requires_grad=False)
         self.step_table = step_table
 
     @property
@@ -193,29 +193,44 @@ class OnnxAtFirstCall(Deferred):
         return self._session(x, t) if context is None else self._session(x, t, context)
 
 
-class FastestAtFirstCall(Deferred):
-    """The fastest of some candidates, measured on the first batch; the others are given up."""
+class ChosenAtFirstCall(Deferred):
+    """A network of which the first batch decides what runs."""
 
-    def __init__(self, candidates: dict[str, nn.Module], report: Report) -> None:
-        super().__init__(next(iter(candidates.values())).step_table)
-        self._candidates, self._report = candidates, report
-        self._chosen: tuple[nn.Module, ...] = ()
+    def __init__(self, step_table: nn.Module) -> None:
+        super().__init__(step_table)
+        self._chosen: tuple[nn.Module, ...] = ()  # in a tuple: its parameters are not this module's
 
     @property
     def running(self) -> nn.Module | None:
         return self._chosen[0] if self._chosen else None
+
+    def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
+        """What is to run for arguments like these."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """See `OnnxAtFirstCall`."""
         arguments = (x, t) if context is None else (x, t, context)
         if not self._chosen:
-            times = {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
-            best = min(times, key=times.get)
-            found = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
-            self._report(f"runtime auto: {found} for {len(x)} samples; taking {best}")
-            self._chosen, self._candidates = (self._candidates[best],), {}
+            self._chosen = (self.choose(arguments),)
         return self._chosen[0](*arguments)
+
+
+class FastestAtFirstCall(ChosenAtFirstCall):
+    """The fastest of some candidates, measured on the first batch; the others are given up."""
+
+    def __init__(self, candidates: dict[str, nn.Module], report: Report) -> None:
+        super().__init__(next(iter(candidates.values())).step_table)
+        self._candidates, self._report = candidates, report
+
+    def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
+        times = {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
+        best = min(times, key=times.get)
+        found = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+        self._report(f"runtime auto: {found} for {len(arguments[0])} samples; taking {best}")
+        chosen, self._candidates = self._candidates[best], {}
+        return chosen
 
 
 def weight_bytes(network: nn.Module) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qdiff.adapters.base import Adapter
 from qdiff.deploy.kernels.convert import RUNS_FLOAT, RUNS_INTEGER, check_triton, shared_grid, to_kernels
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.deploy.runtime import Deferred
+from qdiff.deploy.runtime import ChosenAtFirstCall
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a run
 Shapes = tuple[tuple[int, ...], ...]  # of a module's arguments
@@ -163,7 +163,7 @@ def _shapes_of(network: nn.Module, arguments: tuple[Tensor, ...]) -> dict[str, S
     return found
 
 
-class ChosenAtFirstCall(Deferred):
+class FastestKernels(ChosenAtFirstCall):
     """An integer network that takes kernels, or plain 16-bit layers where these are faster, when the first batch shows
     its sizes. What has been put together so is then held against the plain 16-bit network, eager and compiled, and the
     fastest of the three runs; `report` hears a line per kind of layer, and one of the whole. The others are given up.
@@ -176,21 +176,8 @@ class ChosenAtFirstCall(Deferred):
         """timer: None measures on the device; compiler: None leaves the compiled network out."""
         super().__init__(network.step_table)
         self._waiting: tuple | None = (network, adapter, report, dtype, timer, compiler)
-        self._chosen: tuple[nn.Module, ...] = ()
 
-    @property
-    def running(self) -> nn.Module | None:
-        return self._chosen[0] if self._chosen else None
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: [N, C, H, W]; t: [N]; context: what the network is conditioned on. Returns the predicted noise."""
-        arguments = (x, t) if context is None else (x, t, context)
-        if self._waiting is not None:
-            self._chosen, self._waiting = (self._choose(arguments),), None
-        return self._chosen[0](*arguments)
-
-    def _choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
+    def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
         network, adapter, report, dtype, timer, compiler = self._waiting
         if timer is None:
             from qdiff.deploy.kernels.tuning import on_device as timer
@@ -211,4 +198,5 @@ class ChosenAtFirstCall(Deferred):
         best = min(times, key=times.get)
         shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
         report(f"runtime auto: {shown} for {len(arguments[0])} samples; taking {best}")
+        self._waiting = None
         return candidates[best]

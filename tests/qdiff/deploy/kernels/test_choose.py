@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.kernels import choose as choosing
-from qdiff.deploy.kernels.choose import ChosenAtFirstCall, choose
+from qdiff.deploy.kernels.choose import FastestKernels, choose
 from qdiff.deploy.kernels.convert import to_kernels
 from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, KernelNorm
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
@@ -71,7 +71,7 @@ def test_the_shapes_that_are_timed_are_those_of_the_network(integer, adapter, ba
 
 def test_the_choice_is_made_at_the_first_call_and_reported(integer, adapter, batch):
     lines = []
-    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, alternating(2.0, 1.0), None)
+    network = FastestKernels(integer, adapter, lines.append, torch.float32, alternating(2.0, 1.0), None)
     first = network(*batch)
     assert first.shape == batch[0].shape and lines and all("taking float" in line for line in lines[:-1])
     assert lines[-1] == "runtime auto: chosen layers 2.00 ms, 16-bit eager 1.00 ms for 2 samples; taking 16-bit eager"
@@ -94,7 +94,7 @@ def test_a_compiled_network_that_is_faster_runs(integer, adapter, batch, timed_l
     def compiled(plain):
         return lambda *arguments: plain(*arguments) + 1
 
-    network = ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, lambda run: next(times), compiled)
+    network = FastestKernels(integer, adapter, lines.append, torch.float32, lambda run: next(times), compiled)
     out = network(*batch)
     assert lines[-1].endswith("taking 16-bit compiled") and float(out.mean()) > 0.5
 
@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_named_and_left_out(integer, adapter, batch, ti
         found = next(times)
         return run() if found is None else found
 
-    ChosenAtFirstCall(integer, adapter, lines.append, torch.float32, timer, broken)(*batch)
+    FastestKernels(integer, adapter, lines.append, torch.float32, timer, broken)(*batch)
     assert "runtime auto: 16-bit compiled: does not run here: no compiler" in lines
 
 
