@@ -43,12 +43,14 @@ def group_norm_silu(channels: int) -> GroupNormSiLU:
 
 
 def plus(layer: nn.Module, x: Tensor, make_other: Callable[[], Tensor]) -> Tensor:
-    """layer(x) + make_other(), which is of the output's shape or broadcast to it.
+    """make_other() + layer(x); the other is of the output's shape or broadcast to it.
 
     A layer with a `forward_plus(x, other)` of its own adds while it writes its output; for others the layer runs first.
     """
-    fused = getattr(layer, "forward_plus", None)
-    return layer(x) + make_other() if fused is None else fused(x, make_other())
+    if (fused := getattr(layer, "forward_plus", None)) is not None:
+        return fused(x, make_other())
+    out = layer(x)
+    return make_other() + out  # a sum is laid out in memory as its first term is: features stay as they were
 
 
 class ResnetBlock(nn.Module):
