@@ -40,7 +40,6 @@ from qdiff.spec import Recipe
 
 logger = logging.getLogger(__name__)
 MIB, BATCH = 2**20, 16
-FLOAT_BITS = 23  # of float32 activations in bit operations, as the papers count them
 COLUMNS = [
     ("unit", "unit", "s"),
     ("bits", "bits", "d"),
@@ -129,9 +128,8 @@ def _weights(module: torch.nn.Module):
 def choose_bits(args: argparse.Namespace, found: Sensitivity) -> list[int]:
     """The width of every unit. Raises ValueError naming the budget's flag where it is too small."""
     errors, uniform = found.end.numpy(), found.bits.index(args.weight_bit)
-    acts = FLOAT_BITS if args.act_bit == 32 else args.act_bit
     if args.budget_gbops is not None:
-        costs = np.array([[bit_operations(int(p), bits, acts) for bits in found.bits] for p in found.products])
+        costs = np.array([[bit_operations(int(p), bits, args.act_bit) for bits in found.bits] for p in found.products])
         flag, given, budget, unit = "--budget_gbops", args.budget_gbops, int(args.budget_gbops * 1e9), 1e9
     else:
         costs, flag, given, unit = found.stored.numpy(), "--budget_mib", args.budget_mib, MIB

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qdiff.evaluation.cost import FLOPS_PER_MAC, counted_bits
 from qdiff.evaluation.sensitivity import Sensitivity
 from qdiff.spec import Recipe, Rule
 
@@ -53,5 +54,5 @@ def mixed_recipe(recipe: Recipe, found: Sensitivity, bits: list[int]) -> Recipe:
 
 
 def bit_operations(products: int, weight_bits: int, act_bits: int) -> int:
-    """2 operations for each product, times both widths, as the papers count them (docs/protocol.md)."""
-    return 2 * products * weight_bits * act_bits
+    """Of that many multiply-accumulates, as the papers count them (docs/protocol.md); 32 bits are float32."""
+    return FLOPS_PER_MAC * products * counted_bits(weight_bits) * counted_bits(act_bits)

@@ -8,7 +8,6 @@ errors of one step change what the network sees in the next.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from qdiff.calibration.rollout import Path, Rollouts
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet, gather
 from qdiff.calibration.store import map_leaves, plain
+from qdiff.evaluation.cost import cost_of
 from qdiff.layers import quant_layers
 from qdiff.packing import packed_bytes
 from qdiff.spec import Recipe
@@ -157,19 +157,10 @@ def _stored_bytes(unit: nn.Module) -> int:
 
 def _products(network: nn.Module, adapter: Adapter, units: Sequence[str], data: CalibrationSet) -> list[int]:
     """Weight products of each unit in one evaluation of one sample."""
-    counted = copy.deepcopy(network)
+    context = () if data.context is None else tuple(data.context.shape[1:])
     found = dict.fromkeys(units, 0)
-
-    def count(unit: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            found[unit] += output.numel() // layer.weight.shape[0] * layer.weight.numel()
-
-        return hook
-
-    for unit in units:
-        for layer in counted.get_submodule(unit).modules():
-            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
-                layer.register_forward_hook(count(unit))
-    one = data.subset(slice(0, 1)).to(next(network.parameters()))
-    counted(one.x, one.t, **adapter.conditioning(counted, one.context))
+    for product in cost_of(network, adapter, tuple(data.x.shape[1:]), context).products:
+        unit = next((u for u in units if product.name == u or product.name.startswith(f"{u}.")), None)
+        if unit is not None and product.weights:  # attention products have none
+            found[unit] += product.macs
     return [found[unit] for unit in units]

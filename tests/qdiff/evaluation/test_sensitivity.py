@@ -134,7 +134,7 @@ def test_the_mixed_recipe_calibrates_and_is_stored_at_the_chosen_widths(measured
 
 
 def test_bit_operations():
-    assert bit_operations(10, 4, 8) == 640
+    assert bit_operations(10, 4, 8) == 640 and bit_operations(10, 4, 32) == 20 * 4 * 23
 
 
 def test_a_heat_map_of_two_panels(tmp_path):
