@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 
+import kept
 import latent_model
 import pytest
 import sample_diffusion_ldm
@@ -67,9 +68,9 @@ def interrupt(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "function", "calls", "there"),
     [
-        (latent_model, "save_png", 1, 0),
-        (latent_model, "save_png", 2, 1),
-        (latent_model, "save_png", 3, 2),
+        (kept, "save_png", 1, 0),
+        (kept, "save_png", 2, 1),
+        (kept, "save_png", 3, 2),
         (latent_model, "write_images", 1, 0),
     ],
     ids=["first-image", "within-a-batch", "between-batches", "after-calibration"],
@@ -128,7 +129,7 @@ def test_the_array_is_complete_or_not_there(latent, whole, interrupt, tmp_path):
 def test_skipped_images_are_made_again_for_a_missing_grid(latent, tmp_path, interrupt):
     """--skip_save removes them only when the grid is there."""
     arguments = (*line(latent, "sd", tmp_path / "out"), "--skip_save")
-    interrupt(latent_model, "save_png", 4, *arguments)
+    interrupt(kept, "save_png", 4, *arguments)
     passed(call(*arguments))
     (run,) = runs("sd", tmp_path / "out")
     assert not (run / "samples").exists() and (run / "grid-0000.png").is_file()
@@ -170,7 +171,7 @@ def test_another_plan_has_a_folder_of_its_own(latent, whole, interrupt, tmp_path
     shutil.copy(whole[name] / "ckpt.safetensors", tmp_path)
     (tmp_path / "other.txt").write_text("a dog\n")
     base, other = ((*line(latent, name, tmp_path / "out"), *flags) for flags in OTHER_PLANS[name][changed])
-    interrupt(latent_model, "save_png", 2, *base)
+    interrupt(kept, "save_png", 2, *base)
     (run,) = runs(name, tmp_path / "out")
     before = tree(run)
     result = passed(call(*other))
