@@ -99,7 +99,9 @@ def _path_of(folder: Path) -> Callable[[int], Path]:
 
 
 def _missing(plan: SamplingPlan, folder: Path) -> list[range]:
-    return missing_batches(list(batches(0, plan.args.max_images, plan.batch_size)), _path_of(folder))
+    path_of = _path_of(folder)
+    indices = list(batches(0, plan.args.max_images, plan.batch_size))
+    return missing_batches(indices, lambda batch: [path_of(index) for index in batch])
 
 
 def _settle(folder: Path, description: dict[str, Any]) -> None:

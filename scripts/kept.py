@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from sampling import missing_batches
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
@@ -97,12 +98,8 @@ class Kept:
         return self.folder / FOLDER if self.args.no_images else self.path_of(0).parent
 
     def missing(self, team: Team) -> list[range]:
-        """The batches of which something is not there yet: whole ones, so that images do not depend on interruptions.
-
-        Of a team the leading process looks, before any of them writes.
-        """
-        gone = [batch for batch in self.indices if team.leads and not all(p.exists() for p in self.files(batch))]
-        return team.broadcast(gone)
+        """The batches of which something is not there yet; see `missing_batches`."""
+        return missing_batches(self.indices, self.files, team)
 
     @cached_property
     def _network(self) -> nn.Module:

@@ -153,10 +153,12 @@ def _why_not(parent: Path, runs: Sequence[Path], text: str) -> str:
     return f"{unfinished[0]} is of another plan: {differences(found, yaml.safe_load(text))}"
 
 
-def missing_batches(indices: Sequence[range], path_of: Callable[[int], Path], team: Team = ALONE) -> list[range]:
-    """The batches of which an image is not there yet: whole ones, so that images do not depend on interruptions.
+def missing_batches(
+    indices: Sequence[range], files_of: Callable[[range], list[Path]], team: Team = ALONE
+) -> list[range]:
+    """The batches of which a file is not there yet: whole ones, so that images do not depend on interruptions.
 
     Of a team the leading process looks, before any of them writes.
     """
-    missing = [batch for batch in indices if team.leads and not all(path_of(index).exists() for index in batch)]
+    missing = [batch for batch in indices if team.leads and not all(path.exists() for path in files_of(batch))]
     return team.broadcast(missing)
