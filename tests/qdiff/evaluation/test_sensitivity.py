@@ -68,6 +68,37 @@ def test_errors_are_those_of_a_network_with_one_unit_replaced(measured):
     assert torch.equal(found.carried, Path.coefficients[-1])
 
 
+def test_errors_of_a_guided_prediction(make_latent, latent_adapter):
+    """The unconditional prediction's error, and `scale` times how much more the conditional one errs."""
+    generator, network = torch.Generator().manual_seed(4), make_latent("transformer").double()
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    xs, (cs, ucs) = tuple(drawn(2, 3, 8, 8) for _ in T), (drawn(2, 5, 24), drawn(2, 5, 24))
+    extra = {"cs": (cs,) * 3, "ucs": (ucs,) * 3}
+    path = type("Guided", (Path,), {"scale": 3.0})()
+    rollouts = Rollouts(Trajectories(xs, tuple(t.expand(2) for t in T), extra), path)
+    data = CalibrationSet(
+        torch.cat(xs), T.repeat_interleave(2), torch.arange(3).repeat_interleave(2), cs.repeat(3, 1, 1)
+    )
+    recipe = make_recipe("nearest", MethodOptions(3, 8, family="text"))
+    found = measure(network, latent_adapter, {3: recipe}, data, rollouts, 2, 0)
+    quantized, name = calibrate(network, latent_adapter, recipe, data, 0, T).network, "middle_block.0"
+
+    def guided():
+        both = [torch.stack([network(x, t.expand(2), c) for x, t in zip(xs, T, strict=True)]) for c in (cs, ucs)]
+        return both[1] + 3 * (both[0] - both[1])
+
+    plain = guided()
+    network.set_submodule(name, quantized.get_submodule(name))
+    differences = guided() - plain
+    u = found.units.index(name)
+    assert torch.allclose(found.single[u, 0], differences.square().mean((1, 2, 3, 4)), rtol=1e-9)
+    end = torch.einsum("s,s...->...", Path.coefficients[-1], differences)
+    assert torch.allclose(found.end[u, 0], end.square().mean(), rtol=1e-9)
+
+
 def test_units_are_all_that_is_quantized_in_the_order_of_execution(measured):
     network, recipes, found, _, data = measured
     quantized = calibrate(network, ADAPTER, recipes[3], data, 0, T).network
