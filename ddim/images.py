@@ -1,12 +1,13 @@
 """PNG in and out."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from ddim.files import atomic
 
 
 def save_png(image: Tensor, path: str | os.PathLike) -> None:
@@ -18,13 +19,8 @@ def save_png(image: Tensor, path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: expected an image of shape [1 or 3, H, W], found {list(image.shape)}")
     pixels = image.detach().float().mul(255).add(0.5).clamp(0, 255).to("cpu", torch.uint8)
     pixels = pixels.permute(1, 2, 0).squeeze(-1).numpy()  # [H, W, 3], or [H, W] in grey
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_png(path: str | os.PathLike) -> Tensor:

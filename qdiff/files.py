@@ -6,7 +6,6 @@ import fcntl
 import os
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,27 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that becomes `path` if the block ends well, and vanishes if not.
-
-    Raises OSError naming the file where it cannot be written: a full disk, a folder that is read-only.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        if error.strerror is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # writing to an open file names none
-    finally:
-        Path(name).unlink(missing_ok=True)
+from ddim.files import atomic
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ddim.files import atomic
 from qdiff.calibration.run import Progress, UnitReport
-from qdiff.files import atomic
 
 LOG_NAME, PLOT_NAME = "calibration.jsonl", "calibration_loss.png"
 

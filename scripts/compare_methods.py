@@ -24,6 +24,7 @@ from comparison_parts import run_part
 from comparison_plan import DEFAULT_METHODS, FLOAT, LATENT_BATCH, Comparison, make_entries
 from comparison_report import write_report
 
+from ddim.files import remove_leftovers
 from qdiff.commandline import (
     GOES_ON,
     add_run_flags,
@@ -114,6 +115,7 @@ def orchestrate(comparison: Comparison, flags: list[str]) -> None:
     start_log(comparison.folder, comparison.args.verbose, 0 if leads else 1)
     with sole_user(comparison.folder) if leads else contextlib.nullcontext():
         if leads:
+            remove_leftovers(comparison.folder)
             comparison.settle(digest)
         run_all(comparison, flags, leads)
 

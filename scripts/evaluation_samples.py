@@ -15,6 +15,7 @@ from sampling import CONFIG_NAME, batches, describe_runtime, missing_batches, sa
 from torch import Tensor, nn
 
 import qdiff
+from ddim.files import remove_leftovers
 from ddim.images import save_png
 from ddim.samplers import run
 from qdiff.calibration.record import differences
@@ -83,6 +84,7 @@ def sample_folders(plan: SamplingPlan) -> tuple[Path, Path | None]:
     checkpoint = plan.args.cali_ckpt
     wanted = {plan.parent / IMAGES: checkpoint} | ({plan.parent / FLOAT_IMAGES: None} if plan.with_float else {})
     with sole_user(plan.parent):
+        remove_leftovers(plan.parent)
         for folder, source in wanted.items():
             _settle(folder, plan.describe(source))
         todo = {folder: _missing(plan, folder) for folder in wanted}

@@ -8,24 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from sampling import missing_batches
-from torch import Tensor, nn
-from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch import Tensor
 
 from ddim.images import save_png
-from qdiff.evaluation.extractors import CIFAR10, CIFAR10_LAYER, INCEPTION, POOLED, Extractor, found_weights
-from qdiff.evaluation.features import IMAGE_SHAPE
-from qdiff.evaluation.fidelity import METRIC, Statistics, frechet_distance, load_train_statistics
-from qdiff.files import atomic, save_safetensors
+from qdiff.files import save_safetensors
 from qdiff.parallel import Team
 
+if TYPE_CHECKING:
+    from kept_features import Features
+
 logger = logging.getLogger(__name__)
-NETWORKS = {"cifar10": (CIFAR10, CIFAR10_LAYER), "inception": (INCEPTION, POOLED)}
+NETWORKS = ("cifar10", "inception")
 FOLDER, STATISTICS_NAME = "features", "statistics.npz"
 
 
@@ -45,21 +42,15 @@ def check_kept_flags(args: argparse.Namespace, shape: Sequence[int]) -> None:
         raise ValueError("--no_images: keeps nothing without --features")
     if args.inception is not None and args.features != "inception":
         raise ValueError("--inception: for --features inception")
-    if args.features == "cifar10" and tuple(shape) != IMAGE_SHAPE:
-        raise ValueError(f"--features cifar10: takes images of {list(IMAGE_SHAPE)}, the model makes {list(shape)}")
-    if args.features is not None and _weights(args) is None:
-        raise ValueError("--features inception: no weights found; give --inception FILE (docs/protocol.md)")
-    if args.inception is not None and not args.inception.is_file():
-        raise FileNotFoundError(f"--inception {args.inception}: no such file")
+    if args.features is not None:
+        from kept_features import check_feature_flags
+
+        check_feature_flags(args, shape)
 
 
 def describe_kept(args: argparse.Namespace) -> dict[str, Any]:
     """What a run is known by of it; nothing where it keeps images alone."""
     return {} if args.features is None else {"features": args.features, "no_images": args.no_images}
-
-
-def _weights(args: argparse.Namespace) -> Path | None:
-    return args.inception or found_weights(NETWORKS[args.features][0])
 
 
 @dataclass(frozen=True)
@@ -102,9 +93,10 @@ class Kept:
         return missing_batches(self.indices, self.files, team)
 
     @cached_property
-    def _network(self) -> nn.Module:
-        name, layer = NETWORKS[self.args.features]
-        return Extractor(name, (layer,), _weights(self.args), self.device).load()
+    def _features(self) -> Features:
+        from kept_features import Features
+
+        return Features(self.args, self.device)
 
     @torch.no_grad()
     def write(self, batch: range, images: Tensor) -> None:
@@ -114,25 +106,12 @@ class Kept:
                 self.path_of(index).parent.mkdir(parents=True, exist_ok=True)
                 save_png(image, self.path_of(index))
         if self.args.features is not None:
-            pixels = images.float().mul(255).add(0.5).clamp(0, 255).to(self.device, torch.uint8)  # as in a PNG file
-            (features,) = self._network(pixels)
-            save_safetensors({"features": features.float()}, self.features_of(batch), {})
+            save_safetensors({"features": self._features.of(images)}, self.features_of(batch), {})
         logger.info("images %d to %d", batch.start, batch.stop - 1)
 
     def finish(self) -> list[str]:
         """Write statistics.npz once all batches are there. Returns what there is to say about it."""
         if self.args.features is None:
             return []
-        parts = [load_file(self.features_of(batch))["features"] for batch in self.indices]
-        features = torch.cat(parts)
-        if len(features) < 2:
-            return [f"{STATISTICS_NAME}: not written, a covariance takes at least 2 images"]
-        found = {key: np.float64(value) for key, value in fid_features_to_statistics(features).items()}
-        path = self.folder / STATISTICS_NAME
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, mu=found["mu"], sigma=found["sigma"], n=len(features))
-        said = [f"{path}: of {len(features)} images"]
-        if self.args.features == "cifar10":
-            own = Statistics(found["mu"], found["sigma"], len(features))
-            said.append(f"{METRIC} to the training images: {frechet_distance(own, load_train_statistics()):.4f}")
-        return said
+        files = [self.features_of(batch) for batch in self.indices]
+        return self._features.write_statistics(files, self.folder / STATISTICS_NAME)

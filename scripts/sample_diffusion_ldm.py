@@ -20,6 +20,7 @@ from latent_config import read_config
 from latent_model import LatentPlan, downsampling, execute, make_pipeline
 from omegaconf import DictConfig
 
+from ddim.files import atomic
 from ddim.images import load_png
 from ldm.pretrained import find_checkpoint, find_config
 from qdiff.calibrated import plan_quantization
@@ -37,7 +38,6 @@ from qdiff.commandline import (
     whole,
 )
 from qdiff.fabric import start_team
-from qdiff.files import atomic
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddim.files import remove_leftovers
 from qdiff.adapters import Adapter
 from qdiff.calibrated import RECORD_NAME
 from qdiff.calibration.record import differences
@@ -136,6 +137,7 @@ def _open_run(
     for config in runs:
         same = config.read_text(encoding="utf8") == text
         if same and not all(path.exists() for path in wanted(config.parent)):
+            remove_leftovers(config.parent)
             return config.parent, True
     if must_continue:
         raise ValueError(f"--resume_calibration: {_why_not(parent, runs, text)}")

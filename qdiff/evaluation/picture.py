@@ -1,6 +1,5 @@
 """A picture that compares methods: one row per method, one column per seed."""
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ddim.files import atomic
 
 from .similarity import require_unit_range, to_uint8
 
@@ -52,7 +53,8 @@ def comparison_picture(
     gap = max(3, rows[0][1].shape[3] * scale // 32)
     strips = [strip(images[:columns], scale, gap) for _, images in rows]
     texts = [text_block(label, caption, strips[0].height) for (label, _), caption in zip(rows, captions, strict=True)]
-    write_png(stack(texts, strips, 3 * gap), path)
+    with atomic(path) as temporary:
+        stack(texts, strips, 3 * gap).save(temporary, format="PNG", optimize=True)
 
 
 def strip(images: Tensor, scale: int, gap: int) -> Image.Image:
@@ -101,15 +103,6 @@ def stack(texts: list[list[TextLine]], strips: list[Image.Image], gap: int) -> I
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     # matplotlib ships DejaVu, so the picture looks the same on a machine without fonts
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_rows(rows: list[tuple[str, Tensor]], columns: int, scale: int, captions: list[str]) -> None:

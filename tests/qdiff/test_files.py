@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 
 import qdiff.files
-from qdiff.files import atomic, load_pickle, save_pickle, save_safetensors, sole_user, write_text
+from qdiff.files import load_pickle, save_pickle, save_safetensors, sole_user, write_text
 
 
 class Foreign:
@@ -27,23 +27,6 @@ def test_a_file_appears_complete_with_ordinary_permissions(tmp_path):
     assert path.read_text(encoding="utf8") == "größer\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert os.listdir(path.parent) == ["notes.txt"]
-
-
-@pytest.mark.parametrize("former", [None, "old"], ids=["new", "overwriting"])
-def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, former):
-    path = tmp_path / "notes.txt"
-    if former:
-        path.write_text(former)
-    with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert [p.read_text() for p in tmp_path.iterdir()] == ([former] if former else [])
-
-
-def test_the_temporary_file_is_in_the_same_folder(tmp_path):
-    with atomic(tmp_path / "a.bin") as temporary:
-        assert temporary.parent == tmp_path and temporary.name.startswith(".")
-        assert not (tmp_path / "a.bin").exists()
 
 
 def test_safetensors_keep_tensors_and_metadata(tmp_path):
