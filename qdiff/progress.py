@@ -130,9 +130,14 @@ def plot_losses(reports: list[UnitReport], path: Path) -> None:
     from matplotlib.figure import Figure
 
     stages = sorted({report.stage for report in reports})
-    figure = Figure(figsize=(11, 4 * len(stages)), layout="constrained")
+    height = 4 * len(stages)
+    figure = Figure(figsize=(11, height))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(stages), 2, squeeze=False)
+    # Fixed margins, in inches above and below: a computed layout draws everything twice, on short runs for longer than
+    # it takes to learn.
+    margins = {"left": 0.075, "right": 0.985, "bottom": 0.55 / height, "top": 1 - 0.35 / height}
+    grid = {**margins, "wspace": 0.24, "hspace": 0.3}
+    axes = figure.subplots(len(stages), 2, squeeze=False, gridspec_kw=grid)
     for row, stage in zip(axes, stages, strict=True):
         mine = [report for report in reports if report.stage == stage]
         _loss_curves(row[0], mine)

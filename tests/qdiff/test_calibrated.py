@@ -30,6 +30,12 @@ def plan(*given, steps=10, **options):
     return plan_quantization(flags(*given, **options), steps, "--custom_steps 10")
 
 
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """It takes longer than a calibration; test_progress.py looks at it."""
+    monkeypatch.setattr("qdiff.calibrated.plot_losses", lambda reports, path: None)
+
+
 @pytest.fixture
 def models(make_latent, latent_adapter, make_network, adapter):
     """name -> (adapter, function that makes its network, whether it takes conditioning)"""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "scripts")]
@@ -50,6 +51,20 @@ def one_thread_of_the_cpu():
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plots_of_a_pixel():
+    """In this process calibrations draw no losses: that takes longer than they do. test_progress.py looks at the real
+    plot, and a run in a process of its own in test_sample_diffusion_ddim.py draws it."""
+
+    def write(reports, path):
+        if reports:
+            Image.new("RGB", (1, 1)).save(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qdiff.calibrated.plot_losses", write)
+        yield
 
 
 @pytest.fixture(autouse=True)
