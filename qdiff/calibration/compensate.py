@@ -76,14 +76,16 @@ def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: Compens
     diagonal += options.damping * diagonal.mean()
     weight, part = weight[:, order], part[order]
     upper = _inverse_factor(moment[order][:, order])
+    grids = list(zip(scales.unbind(1), zeros.unbind(1), strict=True))
+    grids = [grids[number] for number in part.tolist()]  # of each column: looked up once, not column by column
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], options.block):
         stop = min(start + options.block, weight.shape[1])
         factor, chunk = upper[start:stop, start:stop], weight[:, start:stop]
         errors = torch.empty_like(chunk)
         for i in range(stop - start):
-            column, scale, zero = chunk[:, i], scales[:, part[start + i]], zeros[:, part[start + i]]
-            code = (torch.round(column / scale) + zero).clamp_(lo, hi)
+            column, (scale, zero) = chunk[:, i], grids[start + i]
+            code = torch.div(column, scale).round_().add_(zero).clamp_(lo, hi)
             error = (column - (code - zero) * scale) / factor[i, i]
             chunk[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
             codes[:, start + i], errors[:, i] = code, error
