@@ -14,7 +14,7 @@ from qdiff.methods import MethodOptions, make_recipe
 from qdiff.spec import QuantSpec, Recipe
 from qdiff.stages import Learn, RangeSpec, Reconstruct, WeightRanges
 
-FEW = {"iterations": 4, "act_iterations": 4, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
+FEW = {"iterations": 3, "act_iterations": 2, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
 CASES = [(method, family) for family in ("ddim", "ldm") for method in ("quick", "q-diffusion")]
 
 
@@ -88,9 +88,9 @@ def test_codes_and_scales_are_the_plain_loops_at_any_memory_limit(
         assert limited.store.used == found.store.used == {"device": 0, "host": 0, "disk": 0}
 
 
-@pytest.mark.parametrize(("method", "family"), [("quick", "ddim"), ("q-diffusion", "ddim"), ("q-diffusion", "ldm")])
-def test_losses_in_float32_are_the_plain_loops(run, method, family):
-    plain, found = (run(method, family, torch.float32, frontier=kind) for kind in (PLAIN[method], Frontier))
+def test_losses_in_float32_are_the_plain_loops(run):
+    """Of the other methods and networks float64 says more, above."""
+    plain, found = (run("q-diffusion", "ldm", torch.float32, frontier=kind) for kind in (Uneven, Frontier))
     for mine, theirs in zip(found.reports, plain.reports, strict=True):
         assert mine.losses[-1][1] == pytest.approx(theirs.losses[-1][1], rel=0.01), mine.unit
 
