@@ -92,8 +92,9 @@ def test_bad_input(model, flags, parts):
 def test_a_team_that_is_killed_at_random_ends_with_the_images_of_one_process(tiny, tmp_path):
     """512 images by two processes, all killed after some number of them, then gone on with."""
     config = tmp_path / "big.yml"
-    config.write_text(tiny.config.read_text().replace("batch_size: 2", "batch_size: 32"))
-    flags = ("--config", config, "--ckpt", tiny.weights, "--timesteps", 4, "--max_images", 512)
+    text = tiny.config.read_text().replace("image_size: 16", "image_size: 8").replace("[8]", "[4]")
+    config.write_text(text.replace("batch_size: 2", "batch_size: 32"))
+    flags = ("--config", config, "--ckpt", tiny.weights, "--timesteps", 2, "--max_images", 512)
     team = command(SAMPLE, *flags, "-l", tmp_path / "team", "--devices", 2, "--device", "cpu")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(team, env=ENVIRONMENT, start_new_session=True, **quiet)

@@ -84,7 +84,8 @@ def test_a_pixel_network(quantized, adapter, generator, device):
 @pytest.mark.parametrize("form, attention", [("transformer", "integer"), ("labels", "float")])
 def test_a_latent_network(quantized_latent, latent_states, latent_adapter, form, attention, device):
     """Transformers; and norms before a resampling or the embedding's scale and shift, which stay float."""
-    quantized = quantized_latent(W8A8, form, model_channels=32, attention_resolutions=[2])
+    sizes = {"channel_mult": [1], "attention_resolutions": [1]} if form == "transformer" else {}
+    quantized = quantized_latent(W8A8, form, **{"model_channels": 32, "attention_resolutions": [2], **sizes})
     integer, data = integer_network(quantized, attention).to(device), latent_states(form)
     arguments = [x[:1].to(device) for x in (data.x, data.t, data.context)]
     expected = integer(*arguments)

@@ -1,4 +1,4 @@
-"""The kernels, interpreted on the CPU: each file of cases in a process of its own, since Triton asks at import; and
+"""The kernels, interpreted on the CPU: the files of cases in a process of their own, since Triton asks at import; and
 compiled where there is a GPU."""
 
 import os
@@ -13,20 +13,22 @@ pytest.importorskip("triton")
 CASES = sorted(Path(__file__).parent.glob("*_cases.py"))
 
 
-def run(file, **environment):
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(file)]
+def run(files, **environment):
+    options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
-def test_on_the_cpu(file):
-    run(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+def test_on_the_cpu():
+    """All in one process: each takes seconds to start."""
+    assert len(CASES) == 4
+    run(CASES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
 def test_on_a_gpu(file, tmp_path):
-    run(file, TRITON_INTERPRET="0", QDIFF_CACHE=str(tmp_path))
+    run([file], TRITON_INTERPRET="0", QDIFF_CACHE=str(tmp_path))
