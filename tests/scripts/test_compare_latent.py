@@ -2,11 +2,10 @@
 
 from types import SimpleNamespace
 
-import compare_methods
 import pytest
 import torch
 from chosen_model import LoadedModel
-from comparing import rows_of, run_jobs
+from comparing import in_this_process, rows_of
 from comparison_parts import judged
 from comparison_sampling import Reference, Walk, accumulated, follow, single_step
 from latents import BUNDLED, LDM, assert_close, pixels, sample_ldm, txt2img
@@ -37,7 +36,7 @@ def compared(latent, tmp_path_factory):
     }
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_methods, "run_jobs", run_jobs)
+        in_this_process(patch)
         for name, flags in asked.items():
             model = ("-r", getattr(latent, name).folder)
             passed(call(COMPARE, *model, *SHORT, *flags, "--methods", "nearest", "--outdir", out / name))
@@ -128,7 +127,7 @@ def test_errors_of_known_predictions(sampler):
 
 @pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
 def test_samplers(latent, monkeypatch, tmp_path, sampler):
-    monkeypatch.setattr(compare_methods, "run_jobs", run_jobs)
+    in_this_process(monkeypatch)
     flags = ("--prompt", "a cat", "--sample_type", sampler, "--methods", "nearest", "--outdir", tmp_path)
     passed(call(COMPARE, "-r", latent.sd.folder, *SHORT, *flags))
     row = rows_of(tmp_path)[1]
@@ -137,7 +136,7 @@ def test_samplers(latent, monkeypatch, tmp_path, sampler):
 
 def test_whether_prompts_are_shown(monkeypatch, tmp_path):
     """The bundled text model's images, judged by the bundled classifier."""
-    monkeypatch.setattr(compare_methods, "run_jobs", run_jobs)
+    in_this_process(monkeypatch)
     (tmp_path / "prompts.txt").write_text("a photo of a ship\na photo of a horse\n")
     flags = ("-r", BUNDLED / "cifar10-sd", "--scale", 3, "--n_samples", 2, "--cali_st", 1, "--cali_n", 1)
     flags += ("--methods", "nearest", "--weight_bit", 8, "--batch_size", 2, "--from-file", "prompts.txt")

@@ -4,10 +4,11 @@ import json
 
 import compare_methods
 import comparison_parts
+import comparison_report
 import pytest
 import torch
 import yaml
-from comparing import rows_of, run_jobs
+from comparing import in_this_process, rows_of, run_jobs
 from PIL import Image
 from running import call, passed, refused, tree
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from ddim.samplers import ddim_step
 from ddim.schedules import beta_schedule, cumulative_alphas
 from qdiff.checkpoints import load_checkpoint
+from qdiff.evaluation.curves import error_curves
 from qdiff.evaluation.fidelity import feature_statistics, frechet_distance
 from qdiff.evaluation.similarity import to_uint8
 from qdiff.files import sole_user
@@ -30,7 +32,7 @@ ERRORS = {"accumulated", "single_step"}
 
 @pytest.fixture(scope="module")
 def compared(tiny32, tmp_path_factory):
-    """The Result and the output folder of a comparison."""
+    """The Result and the output folder of a comparison, with its pictures."""
     folder = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_methods, "run_jobs", run_jobs)
@@ -40,7 +42,7 @@ def compared(tiny32, tmp_path_factory):
 @pytest.fixture
 def inline(monkeypatch):
     """Parts run in this process."""
-    monkeypatch.setattr(compare_methods, "run_jobs", run_jobs)
+    in_this_process(monkeypatch)
 
 
 def test_what_it_writes(compared):
@@ -218,8 +220,9 @@ def test_weights_alone_and_images_of_another_size(tiny, inline, tmp_path):
     assert "FD" not in result.out
 
 
-def test_a_sampler_that_clips(tiny, inline, tmp_path):
+def test_a_sampler_that_clips(tiny, inline, monkeypatch, tmp_path):
     """It has no fixed path of errors, so nothing is said of single steps."""
+    monkeypatch.setattr(comparison_report, "error_curves", error_curves)
     flags = ("--methods", "nearest", "--sample_type", "ddpm_noisy", "--outdir", tmp_path)
     passed(call(COMPARE, *tiny.model, *SHORT, *flags))
     row = rows_of(tmp_path)[1]
@@ -248,8 +251,18 @@ def test_overrides(tiny):
     assert stages["reconstruct"]["iterations"] == 7
 
 
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of the comparison that is interrupted below, of one that is not."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_process(patch)
+        passed(call(COMPARE, *tiny.model, *SHORT, "--methods", "nearest", "--outdir", folder))
+    return folder
+
+
 @pytest.mark.parametrize("function", ["calibrate", "sample_entry", "root_mean_squares"])
-def test_an_interrupted_entry_goes_on(tiny, inline, monkeypatch, tmp_path, function):
+def test_an_interrupted_entry_goes_on(tiny, inline, whole, monkeypatch, tmp_path, function):
     """To the same result as one that was not interrupted, without a second calibration once that is done."""
     original, made = getattr(comparison_parts, function), []
     calibrations = []
@@ -268,12 +281,11 @@ def test_an_interrupted_entry_goes_on(tiny, inline, monkeypatch, tmp_path, funct
     monkeypatch.setattr(comparison_parts, "calibrate", lambda *a, **k: calibrations.append(1) or calibrate(*a, **k))
     passed(call(COMPARE, *flags, "--outdir", "out"))
     assert len(calibrations) == (function == "calibrate")
-    passed(call(COMPARE, *flags, "--outdir", "whole"))
-    (row, other) = (rows_of(tmp_path / name)[1] for name in ("out", "whole"))
+    (row, other) = (rows_of(folder)[1] for folder in (tmp_path / "out", whole))
     assert {key: row[key] for key in KEYS | ERRORS} == {key: other[key] for key in KEYS | ERRORS}
     for name in ("nearest_w4a8.safetensors", "nearest_w4a8/images.safetensors", "comparison.png"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(tree(tmp_path / "out")) == sorted(tree(tmp_path / "whole"))
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(tree(tmp_path / "out")) == sorted(tree(whole))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import json
 import re
 import shutil
 
-import compare_methods
 import pytest
-from comparing import run_jobs
+from comparing import in_this_process
 from running import call, passed, refused, tree
 
 from qdiff.calibrated import write_report
@@ -23,7 +22,7 @@ def compared(tiny32, tmp_path_factory):
     """The output folder of a comparison."""
     folder = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_methods, "run_jobs", run_jobs)
+        in_this_process(patch)
         passed(call("compare_methods", *tiny32.model, *SHORT, *METHODS, "--outdir", folder))
     return folder
 
