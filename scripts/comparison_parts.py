@@ -30,8 +30,6 @@ from qdiff.calibration.trajectories import Trajectories, concatenate, load_traje
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.commandline import describe_device
 from qdiff.evaluation.cost import float_bytes, stored_bytes
-from qdiff.evaluation.fidelity import fd_cifar10, feature_statistics, frechet_distance
-from qdiff.evaluation.prompts import class_of_prompt, prompt_accuracy
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.files import save_safetensors, write_text
 from qdiff.parallel import Team
@@ -134,6 +132,9 @@ def judged(comparison: Comparison, images: Tensor) -> dict[str, float | None]:
     """What can be said of images alone: FD to the training images, and whether they show what was asked for."""
     if not _of_cifar(images):
         return {"fd": None}
+    from qdiff.evaluation.fidelity import fd_cifar10  # torch-fidelity and torchvision take seconds to import
+    from qdiff.evaluation.prompts import prompt_accuracy
+
     found = {"fd": round(fd_cifar10(to_uint8(images)), 4)}
     entries = comparison.model.entries
     asked = [entries[i % len(entries)] for i in range(len(images))] if comparison.model.family == "text" else []
@@ -143,6 +144,8 @@ def judged(comparison: Comparison, images: Tensor) -> dict[str, float | None]:
 
 
 def _names_a_class(prompt: str) -> bool:
+    from qdiff.evaluation.prompts import class_of_prompt
+
     try:
         class_of_prompt(prompt)
     except ValueError:
@@ -154,6 +157,8 @@ def fd_to_float(images: Tensor, reference: Tensor) -> float | None:
     """FD between the images of two networks; None where the features are not made for them."""
     if not _of_cifar(images):
         return None
+    from qdiff.evaluation.fidelity import feature_statistics, frechet_distance
+
     first, second = (feature_statistics(to_uint8(these)) for these in (images, reference))
     return round(frechet_distance(first, second), 4)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unicodedata import category
 
 import torch
@@ -16,8 +17,10 @@ from omegaconf import DictConfig
 from sampling import FIRST_CALIBRATION_IMAGE
 from torch import Tensor
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Conditioning
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and scripts without a latent model have no use for it
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 Entry = str | int  # what an image is asked for: a prompt or a label
 UNCONDITIONAL = "__is_unconditional__"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import latent_model
 import pixel_model
 import torch
 import yaml
@@ -102,6 +101,8 @@ def _pixel(args: argparse.Namespace) -> NamedModel:
 
 
 def _latent(args: argparse.Namespace) -> NamedModel:
+    import latent_model  # with Lightning, which takes seconds
+
     random = getattr(args, "random", False)
     checkpoint = None
     if args.resume_base is not None and not random:
