@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,8 @@ from qdiff.checkpoints import save_checkpoint
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.stages import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
 
-FEW = {"iterations": 3, "act_iterations": 3, "batch_size": 4, "weight_range": "minmax", "act_range": "minmax"}
+SIZES = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
+FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 4, "weight_range": "minmax", "act_range": "minmax"}
 OPTIONS = {
     "ddim": MethodOptions(4, 8, split=True, rounding_start="gptq", **FEW),
     "ldm": MethodOptions(4, 8, split=True, family="latent", **FEW),
@@ -41,7 +43,7 @@ def parts(make_network, adapter, states, make_latent, latent_adapter, latent_sta
             recipe = replace(recipe, stages=tuple(stages))
         if family == "ddim":
             return make_network(32), adapter, recipe, states, 0
-        network = make_latent("transformer", model_channels=32)
+        network = make_latent("transformer", **SIZES)
         return network, latent_adapter, recipe, latent_states("transformer"), 0
 
     return make
@@ -144,10 +146,19 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors"]
 
 
-def test_a_finished_record_gives_the_result_without_any_work(parts, uninterrupted, timesteps, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def finished(parts, timesteps, tmp_path_factory):
+    """The record of a calibration that has come to its end."""
+    folder = tmp_path_factory.mktemp("finished") / "record"
+    calibrate(*parts("quick", "ddim"), timesteps, options=RunOptions(record=folder))
+    return folder
+
+
+def test_a_finished_record_gives_the_result_without_any_work(
+    parts, uninterrupted, finished, timesteps, tmp_path, monkeypatch
+):
     whole, expected = uninterrupted("quick", "ddim")
-    options = RunOptions(record=tmp_path / "record")
-    calibrate(*parts("quick", "ddim"), timesteps, options=options)
+    options = RunOptions(record=shutil.copytree(finished, tmp_path / "record"))
     former = {path.name: path.read_bytes() for path in options.record.iterdir()}
     monkeypatch.setattr("qdiff.calibration.frontier.Frontier.__init__", None)
     run = calibrate(*parts("quick", "ddim"), timesteps, options=options)
@@ -156,11 +167,10 @@ def test_a_finished_record_gives_the_result_without_any_work(parts, uninterrupte
     assert len(former) == len(pieces_of(whole)) + 1 and PLAN in former
 
 
-def test_pieces_that_were_lost_are_made_again(parts, uninterrupted, timesteps, tmp_path):
+def test_pieces_that_were_lost_are_made_again(parts, uninterrupted, finished, timesteps, tmp_path):
     """Any of them: what comes later is as it was, whatever is made anew."""
     _, expected = uninterrupted("quick", "ddim")
-    options = RunOptions(record=tmp_path / "record")
-    calibrate(*parts("quick", "ddim"), timesteps, options=options)
+    options = RunOptions(record=shutil.copytree(finished, tmp_path / "record"))
     for path in random.Random(0).sample(sorted(options.record.glob("*.safetensors")), 12):
         path.unlink()
     run = calibrate(*parts("quick", "ddim"), timesteps, options=options)
