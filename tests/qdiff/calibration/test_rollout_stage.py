@@ -92,7 +92,6 @@ def test_what_all_groups_share_learns_from_all(rolled):
     learn = {"bias": Learn(1e-3, "cosine"), **SCALE}
     after = rolled(Rollout(learn, iterations=15, batch_size=4, order="interleaved"))
     (report,) = after.reports
-    print("R", report.after / report.before)
     assert report.unit == "all groups" and report.iterations == 30 and report.after < 0.9 * report.before
 
 
