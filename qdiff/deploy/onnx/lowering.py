@@ -30,15 +30,20 @@ class Lowering:
 
     def __init__(self, trace: Trace, builder: Builder, parameter_set: int | None = None) -> None:
         self.trace, self.builder, self.parameter_set = trace, builder, parameter_set
+        self.readers = trace.readers()
         self._stored: dict[Op, Stored] = {}
 
     def lower(self) -> str:
         """Write the whole network. Returns its output's name."""
         for op in self.trace.ops:  # step by step, so that no chain of inputs is longer than Python's stack
             self.builder.scope = op.where
-            if op.kind in ("layer", "attention"):
+            if op.kind in ("layer", "attention") and op in self.readers and not self.waits(op):
                 self.stored(op)
         return self.natural(self.trace.output)
+
+    def waits(self, op: Op) -> bool:
+        """Whether a layer is written by what reads it."""
+        return False
 
     # Where values are
 

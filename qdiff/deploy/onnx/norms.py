@@ -7,7 +7,7 @@ of a skip connection are those of the map it came from, computed once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from qdiff.deploy.onnx.builder import CONTRIB
 from qdiff.deploy.onnx.lowering import Stored
 from qdiff.deploy.onnx.tracer import Op, View
 
+AT_ONCE = 2**16  # elements of a matrix that stays in the cache, where one product costs less than two small ones
 SHORT, SPAN = 128, 256  # ONNX Runtime broadcasts one row of channels at a time; short rows cost mostly overhead
 
 
@@ -22,13 +23,15 @@ SHORT, SPAN = 128, 256  # ONNX Runtime broadcasts one row of channels at a time;
 class Affine:
     """x * scale + shift; x in parts along the channels, each [N, L, C_i] with its width.
 
-    scale and shift of part i: [N, 1, r * C_i], `repeats[i]` times the same, for x seen as [N, L / r, r * C_i].
+    scale and shift: [N, 1, W], those of part i in the next r * C_i, `repeats[i]` times the same, for x seen as
+    [N, L / r, r * C_i]. columns: [W], the channel of each.
     """
 
     parts: list[tuple[str, int]]
     repeats: list[int]
-    scale: list[str]
-    shift: list[str]
+    columns: np.ndarray
+    scale: str
+    shift: str
 
 
 def channels_last(rank: int) -> tuple[tuple[int, ...], ...]:
@@ -63,12 +66,19 @@ class ChannelsLastNorms:
         if affine is None:
             return [(self.tokens(view), view.shape[1])]
         found, length = [], int(np.prod(view.shape[2:]))
-        for i, (name, width) in enumerate(affine.parts):
-            repeat = affine.repeats[i]
+        widths = [repeat * width for repeat, (_, width) in zip(affine.repeats, affine.parts, strict=True)]
+        scales, shifts = self._split(affine.scale, widths), self._split(affine.shift, widths)
+        for i, ((name, width), repeat) in enumerate(zip(affine.parts, affine.repeats, strict=True)):
             name = name if repeat == 1 else self.builder.reshape(name, [0, length // repeat, repeat * width])
-            name = self.builder.add("Add", self.builder.add("Mul", name, affine.scale[i]), affine.shift[i])
+            name = self.builder.add("Add", self.builder.add("Mul", name, scales[i]), shifts[i])
             found.append((name if repeat == 1 else self.builder.reshape(name, [0, length, width]), width))
         return found
+
+    def _split(self, x: str, widths: list[int]) -> list[str]:
+        """[N, 1, W] in pieces along the last axis."""
+        if len(widths) == 1:
+            return [x]
+        return self.builder.add("Split", x, self.builder.constant(widths, np.int64), axis=2, outputs=len(widths))
 
     def silu(self, x: str) -> str:
         return self.builder.add("QuickGelu", x, domain=CONTRIB, alpha=1.0)
@@ -85,25 +95,16 @@ class ChannelsLastNorms:
         inner, add = self.affine(found[0]), self.builder.add
         if inner is None:
             return None
-        values = self._repeated(self.tokens(found[1]), inner)
-        shift = [add("Add" if op.kind == "add" else "Mul", a, b) for a, b in zip(inner.shift, values, strict=True)]
-        scale = inner.scale
-        if op.kind == "mul":
-            scale = [add("Mul", a, b) for a, b in zip(scale, values, strict=True)]
-        return Affine(inner.parts, inner.repeats, scale, shift)
+        values = self._at(inner.columns, self.tokens(found[1]))
+        if op.kind == "add":
+            return replace(inner, shift=add("Add", inner.shift, values))
+        return replace(inner, scale=add("Mul", inner.scale, values), shift=add("Mul", inner.shift, values))
 
-    def _repeated(self, values: str, like: Affine) -> list[str]:
-        """values: [N, 1, C]. Returns them part by part, each as often as `like` has it."""
-        widths = [width for _, width in like.parts]
-        split = [values]
-        if len(widths) > 1:
-            split = self.builder.add(
-                "Split", values, self.builder.constant(widths, np.int64), axis=2, outputs=len(widths)
-            )
-        return [
-            part if repeat == 1 else self.builder.add("Concat", *[part] * repeat, axis=2)
-            for part, repeat in zip(split, like.repeats, strict=True)
-        ]
+    def _at(self, columns: np.ndarray, values: str) -> str:
+        """values: [N, 1, C]. Returns them as `Affine` has them, [N, 1, W]."""
+        if np.array_equal(columns, np.arange(columns.max() + 1)):
+            return values
+        return self.builder.add("Gather", values, self.builder.constant(columns, np.int64), axis=2)
 
     def _norm(self, op: Op) -> Affine:
         """Group norm from channel sums. What is added to whole channels before it, as the time embedding is, changes
@@ -117,27 +118,29 @@ class ChannelsLastNorms:
             moved = add("Add", mean, offset)
             square = add("Add", square, add("Mul", offset, add("Add", mean, moved)))
             mean = moved
-        average = constant(np.kron(np.eye(groups), np.full((channels // groups, 1), groups / channels)), np.float32)
-        center, square = add("MatMul", mean, average), add("MatMul", square, average)
+        repeats = [_repeats(length, width) for _, width in parts]
+        ends = np.cumsum([width for _, width in parts])
+        own = [np.arange(end - width, end) for end, (_, width) in zip(ends, parts, strict=True)]
+        columns = np.concatenate([np.tile(each, repeat) for each, repeat in zip(own, repeats, strict=True)])
+        center, square = (self._of_groups(each, groups, channels, columns) for each in (mean, square))
         variance = add("Relu", add("Sub", square, add("Mul", center, center)))
-        inverse = add("Reciprocal", add("Sqrt", add("Add", variance, constant(np.float32(op["eps"])))))
         weight = np.ones(channels, np.float32) if op["weight"] is None else op["weight"]
         bias = np.zeros(channels, np.float32) if op["bias"] is None else op["bias"]
-        repeats = [_repeats(length, width) for _, width in parts]
-        scale, shift, start = [], [], 0
-        spread = np.kron(np.eye(groups), np.ones((1, channels // groups)))
-        for (_, width), repeat in zip(parts, repeats, strict=True):
-            own = slice(start, start + width)
-            start += width
-            to_channels = constant(np.tile(spread[:, own], (1, repeat)), np.float32)
-            scale.append(add("Mul", add("MatMul", inverse, to_channels), constant(np.tile(weight[own], repeat))))
-            moved = add("Mul", add("MatMul", center, to_channels), scale[-1])
-            shift.append(add("Sub", constant(np.tile(bias[own], repeat)), moved))
-        affine = Affine(parts, repeats, scale, shift)
-        if offset is None:
-            return affine
-        moved = [add("Mul", a, b) for a, b in zip(self._repeated(offset, affine), scale, strict=True)]
-        return Affine(parts, repeats, scale, [add("Add", a, b) for a, b in zip(shift, moved, strict=True)])
+        deviation = add("Sqrt", add("Add", variance, constant(np.float32(op["eps"]))))
+        scale = add("Div", constant(weight[columns]), deviation)
+        if offset is not None:
+            center = add("Sub", center, self._at(columns, offset))
+        shift = add("Sub", constant(bias[columns]), add("Mul", center, scale))
+        return Affine(parts, repeats, columns, scale, shift)
+
+    def _of_groups(self, means: str, groups: int, channels: int, columns: np.ndarray) -> str:
+        """means: [N, 1, C] of channels. Returns those of the groups they are in, for the given columns."""
+        add, constant = self.builder.add, self.builder.constant
+        average = np.kron(np.eye(groups), np.full((channels // groups, 1), groups / channels))
+        spread = np.kron(np.eye(groups), np.ones((1, channels // groups)))[:, columns]
+        if channels * len(columns) <= AT_ONCE:
+            return add("MatMul", means, constant(average @ spread, np.float32))
+        return add("MatMul", add("MatMul", means, constant(average, np.float32)), constant(spread, np.float32))
 
     def _without_offset(self, view: View) -> tuple[View, str | None]:
         """A map, and what is added to its channels, [N, 1, C], if the view is such a sum."""

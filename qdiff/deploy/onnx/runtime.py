@@ -20,6 +20,7 @@ from qdiff.deploy.onnx.plans import Codes, Grid, LayerPlan, PartPlan
 from qdiff.deploy.onnx.tracer import Op, View
 from qdiff.deploy.onnx.windows import moved_rows, source_rows
 
+MANY_TOKENS = 64  # from which on heads are products of their own
 NARROW = 32  # terms of a sum below which ONNX Runtime multiplies floats faster than codes
 
 
@@ -38,8 +39,7 @@ class RuntimeLowering(ChannelsLastNorms, Lowering):
         total = None
         for part in plan.parts:
             matrix = int8_matrix(part.weight)
-            whole = part.act is not None and not part.act.per_channel and part.act.bits <= 8 and part.act.in_range
-            product = self._integer_product if whole and matrix is not None else self._float_product
+            product = self._integer_product if _is_integer(part) else self._float_product
             share = product(op, part, matrix, bias)
             total, bias = share if total is None else self.builder.add("Add", total, share), None
         if plan.kind == "conv":
@@ -166,11 +166,46 @@ class RuntimeLowering(ChannelsLastNorms, Lowering):
 
     def _operand(self, view: View, grid: Grid | None, axes: list[int], whole: bool, dtype: type) -> str:
         """An operand's codes (`whole`), or its values on their grid, with its axes in the given order."""
-        stored = self.stored(view.op)
+        by_heads = self.waits(view.op)
+        stored = Stored(self._product_by_heads(view), ()) if by_heads else self.stored(view.op)
         if grid is not None:
             on_grid = self.quantize(stored.name, grid, dtype) if whole else self.snap(stored.name, grid)
             stored = Stored(on_grid, stored.dims)
+        if by_heads:
+            return stored.name if axes == sorted(axes) else self.builder.add("Transpose", stored.name, perm=axes)
         return self.arrange(view, tuple(view.layout.dims[i] for i in axes), stored)
+
+    def waits(self, op: Op) -> bool:
+        """Layers of which attention reads the heads and nothing else anything: each head is a product of its own,
+        written where the heads are needed, which is faster than to sort one product's output into heads."""
+        if op.kind != "layer" or op["plan"].kind != "linear" or len(op["plan"].parts) > 1 or len(op.shape) != 3:
+            return False
+        by_heads = all(
+            reader is not None and reader.kind == "attention" and _sorts_heads(view)
+            for reader, view in self.readers[op]
+        )
+        return by_heads and op.shape[1] >= MANY_TOKENS and _is_integer(op["plan"].parts[0])
+
+    def _product_by_heads(self, view: View) -> str:
+        """[N, heads, L, width of a head]."""
+        _, heads, _, width = view.shape
+        plan, constant = view.op["plan"], self.builder.constant
+        (part,) = plan.parts
+        codes, zero = int8_matrix(part.weight)
+        rows = self._rows(view.op, part, lambda x: self.quantize(x, part.act), self.stored_zero(part.act))
+        product = self.multiply(
+            self.builder.reshape(rows, [0, 1, *view.op.inputs[0].shape[1:]]),
+            constant(codes.reshape(-1, heads, width).swapaxes(0, 1), hint="codes"),
+            self.per_set(part.act.scale),
+            constant(part.weight.scale.reshape(heads, 1, width)),
+            self.stored_zero(part.act),
+            constant(zero.reshape(heads, 1, width)) if zero.any() else "",
+        )
+        return (
+            product
+            if plan.bias is None
+            else self.builder.add("Add", product, constant(plan.bias.reshape(heads, 1, width)))
+        )
 
     def _operands_product(self, a: str, b: str, a_grid, b_grid, whole: bool, factor: float, depth: int) -> str:
         """factor * a @ b, sums of `depth` products each; of codes if `whole`."""
@@ -211,6 +246,17 @@ class RuntimeLowering(ChannelsLastNorms, Lowering):
 def _codes_multiply(a: Grid | None, b: Grid | None) -> bool:
     """Whether both grids have codes of a byte, zero points included, and one scale."""
     return all(g is not None and not g.per_channel and g.bits <= 8 and g.in_range for g in (a, b))
+
+
+def _sorts_heads(view: View) -> bool:
+    """Whether [N, L, heads * width] is seen as [N, heads, L, width]."""
+    return view.layout.dims == ((0,), (2,), (1,), (3,)) and view.layout.sizes[:2] == view.op.shape[:2]
+
+
+def _is_integer(part: PartPlan) -> bool:
+    """Whether the part is a product of bytes."""
+    whole = part.act is not None and not part.act.per_channel and part.act.bits <= 8 and part.act.in_range
+    return whole and int8_matrix(part.weight) is not None
 
 
 def window_matrix(values: np.ndarray) -> np.ndarray:

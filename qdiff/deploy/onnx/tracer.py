@@ -60,6 +60,20 @@ class Trace:
     ops: list[Op]
     output: View
 
+    def readers(self) -> dict[Op, list[tuple[Op | None, View]]]:
+        """For each operation that the output depends on: what reads it, through which view; None reads the output.
+
+        A layer that is only read in parts is not among them: see `Recorder._slice`.
+        """
+        found: dict[Op, list[tuple[Op | None, View]]] = {}
+        left: list[tuple[Op | None, View]] = [(None, self.output)]
+        while left:
+            reader, view = left.pop()
+            if view.op not in found:
+                left += [(view.op, each) for each in view.op.inputs]
+            found.setdefault(view.op, []).append((reader, view))
+        return found
+
 
 class Recorded(Tensor):
     """A tensor without values that hands every function it is given to its recorder."""

@@ -161,6 +161,27 @@ def test_attention_is_the_simulated_one(softmax, acts, heads, make, plain_adapte
     assert wrong < max(1.5 * (single - expected).norm() / expected.norm(), 2e-4)
 
 
+@pytest.mark.parametrize(("side", "sorted_"), [(8, "ko"), (5, "qkvo")], ids=["many tokens", "few"])
+def test_heads_may_be_products_of_their_own(side, sorted_, make, plain_adapter, exported, in_double):
+    """Of many tokens: then only keys, for their product, and the output are sorted."""
+    generator = torch.Generator().manual_seed(3)
+
+    def compute(n, x, t):
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = (layer(tokens).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (n.to_q, n.to_k, n.to_v))
+        return n.attention(q, k, v).transpose(1, 2).flatten(2)
+
+    names = ("to_q", "to_k", "to_v")
+    layers = {name: quantized(nn.Linear(8, 8), CASES["affine"], generator) for name in names}
+    network = make(compute, attention=attention(QuantSpec(8, "unsigned")), **layers)
+    x, t = torch.randn(4, 8, side, side, generator=generator), torch.zeros(4)
+    found, expected = exported(network, plain_adapter, x, dialect="runtime")(x, t), in_double(network, x, t)
+    single = network(x, t)
+    assert (found - expected).norm() < max(1.5 * (single - expected).norm(), 2e-4 * expected.norm())
+    kinds = [n.op_type for n in make_model(network, plain_adapter, (8, side, side)).graph.node]
+    assert kinds.count("Transpose") == 1 + len(sorted_)  # one more for the input
+
+
 @pytest.mark.parametrize("policy", ["integer", "float"])
 def test_integer_modules_are_exported_like_simulated_ones(
     policy, make, plain_adapter, exported, in_double, dialect, generator

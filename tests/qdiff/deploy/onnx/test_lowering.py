@@ -140,3 +140,16 @@ def test_what_nobody_reads_is_not_written(make, plain_adapter):
     network = make(lambda n, x, t: (x.sin() * 0 + x, x)[1] * 2)
     kinds = [node.op_type for node in make_model(network, plain_adapter, (8, 4, 4)).graph.node]
     assert "Sin" not in kinds
+
+
+def test_a_layer_that_is_read_in_parts_is_not_written_whole(make, plain_adapter):
+    """Each part is a layer of its own, as of GEGLU's projection."""
+
+    def compute(n, x, t):
+        value, gate = n.layer(x.flatten(2).transpose(1, 2)).chunk(2, -1)
+        return value * F.gelu(gate)
+
+    network = make(compute, layer=nn.Linear(8, 12))
+    graph = make_model(network, plain_adapter, (8, 4, 4)).graph
+    assert sorted(list(each.dims) for each in graph.initializer if len(each.dims) == 2) == [[8, 6], [8, 6]]
+    assert [node.op_type for node in graph.node].count("MatMul") == 2
