@@ -164,17 +164,18 @@ class PackedFile:
         for module in self.network.modules():
             if isinstance(module, QuantAttention):
                 module.policy = self.about.get("attention", module.policy)
-        self._file = safe_open(path, "pt")
         self._layers = {f"{n}.codes": m for n, m in quant_layers(self.network).items() if m.weight_quantizers}
         self._read_float_part()
 
     def _tensor(self, key: str) -> Tensor:
-        tensor = self._file.get_tensor(key)
+        with safe_open(self.path, "pt") as file:  # anew for each: what stays open stays in memory, page by page
+            tensor = file.get_tensor(key).clone()
         self._hashes[key] = tensor_hash(tensor)
         return tensor
 
     def _read_float_part(self) -> None:
-        keys = set(self._file.keys())
+        with safe_open(self.path, "pt") as file:
+            keys = set(file.keys())
         codes = {key for key in keys if key.endswith(".codes")}
         shapes = {key: tensor.shape for key, tensor in self.network.state_dict().items()}
         expected = shapes.keys() - {key.replace(".codes", ".weight") for key in self._layers}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,8 +25,21 @@ def pack_codes(codes: Tensor, bits: int, lo: int = 0) -> Tensor:
     if levels.numel() and (int(levels.min()) < 0 or int(levels.max()) >= 2**bits):
         found = f"{int(codes.min())} ... {int(codes.max())}"
         raise ValueError(f"codes of {bits} bits from {lo} on: found codes {found}")
-    planes = np.unpackbits(levels.to(torch.uint8).cpu().numpy()[:, None], axis=1, count=bits, bitorder="little")
+    levels = levels.to(torch.uint8).cpu()
+    if 8 % bits == 0:
+        return _pack_whole(levels, bits)
+    planes = np.unpackbits(levels.numpy()[:, None], axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def _pack_whole(levels: Tensor, bits: int) -> Tensor:
+    """Of codes none of which runs across bytes, without a byte for every bit."""
+    each = 8 // bits
+    rows = F.pad(levels, (0, -len(levels) % each)).view(-1, each)
+    packed = rows[:, 0].clone()
+    for place in range(1, each):
+        packed |= rows[:, place] << bits * place
+    return packed
 
 
 def check_packed(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> None:
@@ -44,6 +58,12 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     """
     check_packed(packed, bits, shape)
     count = int(np.prod(shape))
-    planes = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0]).view(tuple(shape))
+    packed = packed.cpu()
+    if 8 % bits == 0:
+        places = [packed >> bits * place & 2**bits - 1 for place in range(8 // bits)]
+        levels = torch.stack(places, 1).flatten()[:count]
+    else:
+        planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0])
+    levels = levels.view(tuple(shape))
     return levels if lo == 0 else (levels.to(torch.int16) + lo).to(torch.int8)

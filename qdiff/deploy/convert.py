@@ -11,7 +11,7 @@ from torch import nn
 from qdiff.checkpoints import Checkpoint, PackedFile
 from qdiff.deploy.layers import IntegerAttention, OperandGrid, integer_layer
 from qdiff.layers import QuantAttention, QuantLayer, act_quantizers
-from qdiff.packing import unpack_codes
+from qdiff.packing import pack_codes
 from qdiff.steps import StepTable
 
 
@@ -41,7 +41,9 @@ def integer_network(network: nn.Module, attention: str | None = None) -> nn.Modu
     for module in network.modules():
         if isinstance(module, QuantLayer) and module.weight_quantizers:
             steps = steps_of(module.act_quantizers[0].steps if module.act_quantizers else network.step_table)
-            memo[id(module)] = integer_layer(module, module.codes, steps)
+            spec = module.weight_quantizers[0].spec
+            packed = pack_codes(module.codes, spec.bits, spec.lo).to(module.codes.device)
+            memo[id(module)] = integer_layer(module, packed, steps)
         elif (found := _integer_attention(module, steps_of(network.step_table), attention)) is not None:
             memo[id(module)] = found
     return copy.deepcopy(network, memo).eval().requires_grad_(False)
@@ -59,10 +61,8 @@ def load_integer(path: str | Path, attention: str | None = None, activations: bo
         for quantizer in act_quantizers(file.network).values():
             quantizer.enabled = False
     for name, layer, packed in file.layers():
-        spec = layer.weight_quantizers[0].spec
-        codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo)
         steps = layer.act_quantizers[0].steps if layer.act_quantizers else file.network.step_table
-        file.network.set_submodule(name, integer_layer(layer, codes, steps))
+        file.network.set_submodule(name, integer_layer(layer, packed, steps))
     for name, module in list(file.network.named_modules()):
         found = _integer_attention(module, file.network.step_table, attention)
         if found is not None:

@@ -244,19 +244,20 @@ def _matmul(a_grid: OperandGrid, a: Tensor, b_grid: OperandGrid, b: Tensor, tran
     return sums.to(a.dtype).mul_(a_grid.scale(a) * b_grid.scale(b))
 
 
-def packed_parts(layer: QuantLayer, codes: Tensor, steps: StepTable) -> list[IntegerPart]:
-    """The parts of a calibrated layer with the given codes [O, C, ...]; the layer's own may be absent (meta)."""
-    quantizers = layer.act_quantizers
+def packed_parts(layer: QuantLayer, packed: Tensor, steps: StepTable) -> list[IntegerPart]:
+    """The parts of a calibrated layer with the given codes, packed; the layer's own may be absent (meta)."""
+    quantizers, spec = layer.act_quantizers, layer.weight_quantizers[0].spec
+    codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo) if len(layer.slices) > 1 else None
     parts = []
     for i, (channels, quantizer) in enumerate(zip(layer.slices, layer.weight_quantizers, strict=True)):
-        spec, own = quantizer.spec, codes[:, channels]
         grid = OperandGrid(quantizers[i], steps) if quantizers and quantizers[i].enabled else None
-        packed = pack_codes(own, spec.bits, spec.lo).to(codes.device)
-        parts.append(IntegerPart(channels, spec, own.shape, packed, quantizer.scale, quantizer.zero_point, grid))
+        shape = (layer.weight.shape[0], channels.stop - channels.start, *layer.weight.shape[2:])
+        own = packed if codes is None else pack_codes(codes[:, channels], spec.bits, spec.lo).to(packed.device)
+        parts.append(IntegerPart(channels, spec, shape, own, quantizer.scale, quantizer.zero_point, grid))
     return parts
 
 
-def integer_layer(layer: QuantLayer, codes: Tensor, steps: StepTable) -> IntegerLayer:
-    """The layer with the given codes [O, C, ...], without its float weight."""
+def integer_layer(layer: QuantLayer, packed: Tensor, steps: StepTable) -> IntegerLayer:
+    """The layer without its float weight. packed: uint8 [bytes], its codes [O, C, ...] by `qdiff.packing`."""
     kind = IntegerConv if isinstance(layer, QuantConv) else IntegerLinear
-    return kind(layer, packed_parts(layer, codes, steps), steps).train(layer.training)
+    return kind(layer, packed_parts(layer, packed, steps), steps).train(layer.training)

@@ -36,6 +36,15 @@ def test_two_codes_of_4_bits_share_a_byte_low_half_first(dtype):
     assert packed.tolist() == [0x21, 0x0F, 0x07]
 
 
+@given(coded())
+def test_the_stream_is_the_low_bits_of_each_code_in_turn(case):
+    codes, bits, lo = case
+    stream = "".join(f"{code - lo:0{bits}b}"[::-1] for code in codes.flatten().tolist())
+    stream += "0" * (-len(stream) % 8)
+    expected = [int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)]
+    assert pack_codes(codes, bits, lo).tolist() == expected
+
+
 def test_signed_codes_are_stored_from_their_smallest_on():
     assert pack_codes(torch.tensor([-8, 7, -1, 0]), 4, lo=-8).tolist() == [0xF0, 0x87]
 

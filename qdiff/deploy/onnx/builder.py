@@ -18,12 +18,20 @@ class Builder:
     """Nodes and initializers. Names of values are strings; `""` is an operator's absent optional input."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self._model = onnx.ModelProto(ir_version=10, producer_name="qdiff")  # filled in place: weights are large
+        self._model.graph.name = "network"
         self.scope = ""  # the module that nodes are named after
         self._constants: dict[tuple, str] = {}
         self._results: dict[tuple, list[str]] = {}
         self._count = 0
+
+    def append(self, node: onnx.NodeProto) -> None:
+        """Add a node as it is."""
+        self._model.graph.node.append(node)
+
+    def reads(self, name: str) -> bool:
+        """Whether a node has that input."""
+        return any(name in node.input for node in self._model.graph.node)
 
     def fresh(self, hint: str) -> str:
         """A name that no value has yet."""
@@ -34,10 +42,10 @@ class Builder:
         """An initializer; equal ones are one."""
         array = np.ascontiguousarray(value, dtype=dtype)
         array = array.reshape(np.shape(value))  # ascontiguousarray makes an axis of scalars
-        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        key = (str(array.dtype), array.shape, hashlib.sha256(array.reshape(-1)).digest())
         if key not in self._constants:
             name = self.fresh(hint)
-            self.initializers.append(numpy_helper.from_array(array, name))
+            self._model.graph.initializer.append(numpy_helper.from_array(array, name))
             self._constants[key] = name
         return self._constants[key]
 
@@ -46,7 +54,7 @@ class Builder:
         name = self.fresh(hint)
         levels = np.pad(value.reshape(-1).astype(np.uint8) & 15, (0, value.size % 2))
         raw = (levels[::2] | levels[1::2] << 4).tobytes()
-        self.initializers.append(helper.make_tensor(name, data_type, value.shape, raw, raw=True))
+        self._model.graph.initializer.append(helper.make_tensor(name, data_type, value.shape, raw, raw=True))
         return name
 
     def add(self, kind: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
@@ -56,7 +64,7 @@ class Builder:
         if key not in self._results:
             names = [self.fresh(kind.lower()) for _ in range(outputs)]
             node = helper.make_node(kind, list(inputs), names, name=names[0], domain=domain, **attributes)
-            self.nodes.append(node)
+            self.append(node)
             self._results[key] = names
         names = self._results[key]
         return names[0] if outputs == 1 else names
@@ -73,11 +81,13 @@ class Builder:
         contrib: bool,
     ) -> onnx.ModelProto:
         """The finished model; contrib: whether it has operators of ONNX Runtime's own."""
-        graph = helper.make_graph(self.nodes, "network", list(inputs), list(outputs), self.initializers)
+        graph = self._model.graph
+        graph.input.extend(inputs)
+        graph.output.extend(outputs)
         opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(CONTRIB, 1)] if contrib else [])
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="qdiff")
-        helper.set_model_props(model, metadata)
-        return model
+        self._model.opset_import.extend(opsets)
+        helper.set_model_props(self._model, metadata)
+        return self._model
 
 
 def value_info(name: str, dtype: Any, shape: Sequence[int | str] | None) -> onnx.ValueInfoProto:

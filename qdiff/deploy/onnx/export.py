@@ -43,9 +43,9 @@ def make_model(
     builder = Builder()
     output = DIALECTS[dialect](recorded, builder, parameter_set).lower()
     builder.scope = ""
-    builder.nodes.append(onnx.helper.make_node("Identity", [output], ["output"], name="output"))
+    builder.append(onnx.helper.make_node("Identity", [output], ["output"], name="output"))
     inputs = [value_info(name, _dtype(op), ["N", *op.shape[1:]]) for name, op in recorded.inputs.items()]
-    if any("set" in node.input for node in builder.nodes):
+    if builder.reads("set"):
         inputs.append(value_info("set", np.int64, []))
     outputs = [value_info("output", np.float32, ["N", *recorded.output.shape[1:]])]
     about = {"dialect": dialect, "parameter_set": parameter_set, "steps": None, **_description(adapter, recorded)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
@@ -53,21 +54,28 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A weight as integers: codes [O, C, ...] int16, scale [O] float32, zero [O] int64."""
+    """A weight as integers: scale [O] float32, zero [O] int64, and `read`, which gives the codes [O, C, ...] int16, so
+    that those of one layer at a time are in memory."""
 
-    codes: np.ndarray
+    read: Callable[[], np.ndarray]
     scale: np.ndarray
     zero: np.ndarray
     spec: QuantSpec
 
+    @property
+    def codes(self) -> np.ndarray:
+        """Read anew each time."""
+        return self.read()
+
     def values(self) -> np.ndarray:
         """[O, C, ...] float32."""
-        rows = (-1, *[1] * (self.codes.ndim - 1))
-        return ((self.codes - self.zero.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
+        codes = self.codes
+        rows = (-1, *[1] * (codes.ndim - 1))
+        return ((codes - self.zero.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
 
     def __getitem__(self, rows: slice) -> Codes:
         """Those of some output channels."""
-        return Codes(self.codes[rows], self.scale[rows], self.zero[rows], self.spec)
+        return Codes(lambda: self.codes[rows], self.scale[rows], self.zero[rows], self.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +166,8 @@ def layer_plan(module: nn.Module, name: str) -> LayerPlan:
 
 
 def _integer_part(part: nn.Module) -> PartPlan:
-    codes = _array(part.codes(), np.int16)
-    weight = Codes(codes, _array(part.weight_scale, np.float32), _array(part.weight_zero, np.int64), part.weight_spec)
+    scale, zero = _array(part.weight_scale, np.float32), _array(part.weight_zero, np.int64)
+    weight = Codes(lambda: _array(part.codes(), np.int16), scale, zero, part.weight_spec)
     return PartPlan(part.channels, weight, _grid(part.act_scale, part.act_zero, part.act_spec))
 
 
@@ -172,13 +180,17 @@ def _simulated_parts(layer: QuantLayer, name: str) -> tuple[PartPlan, ...]:
             quantizer = layer.weight_quantizers[i]
             rows = [_array(v.flatten(), np.float64) for v in (quantizer.scale, quantizer.zero_point)]
             scale, zero = (np.broadcast_to(v, layer.weight.shape[0]) for v in rows)
-            codes = _array(layer.codes[:, channels], np.int16)
-            weight = Codes(codes, scale.astype(np.float32), zero.astype(np.int64), quantizer.spec)
+            read = partial(_layer_codes, layer, channels)
+            weight = Codes(read, scale.astype(np.float32), zero.astype(np.int64), quantizer.spec)
         else:
             weight = _array(layer.weight[:, channels], np.float32)
         act = _quantizer_grid(layer.act_quantizers[i]) if layer.act_quantizers else None
         parts.append(PartPlan(channels, weight, act))
     return tuple(parts)
+
+
+def _layer_codes(layer: QuantLayer, channels: slice) -> np.ndarray:
+    return _array(layer.codes[:, channels], np.int16)
 
 
 def attention_plan(module: nn.Module) -> AttentionPlan | None:

@@ -268,11 +268,11 @@ def int8_matrix(weight: Codes | np.ndarray) -> tuple[np.ndarray, np.ndarray] | N
     """Codes [K, O] and zero points [O], both moved per channel so that they fit int8; None where they do not."""
     if not isinstance(weight, Codes):
         return None
-    rows = (-1, *[1] * (weight.codes.ndim - 1))
-    centred = weight.codes - weight.zero.reshape(rows)
-    axes = tuple(range(1, centred.ndim))
-    fits = (centred.min(axes) >= -128) & (centred.max(axes) <= 127)
+    codes = weight.codes
+    axes = tuple(range(1, codes.ndim))
+    fits = (codes.min(axes) - weight.zero >= -128) & (codes.max(axes) - weight.zero <= 127)
     zero = np.where(fits, 0, weight.zero - 128)
     if zero.min() < -128 or zero.max() > 127:
         return None
-    return window_matrix((centred + zero.reshape(rows)).astype(np.int8)), zero.astype(np.int8)
+    moved = (zero - weight.zero).astype(np.int16).reshape(-1, *[1] * len(axes))
+    return window_matrix((codes + moved).astype(np.int8)), zero.astype(np.int8)

@@ -11,6 +11,7 @@ from ddim.attention import DotProductAttention
 from qdiff.deploy.integer import INT32_MAX, accumulate, centred_codes
 from qdiff.deploy.layers import IntegerAttention, integer_layer
 from qdiff.layers import QUANT_LAYERS, QuantAttention
+from qdiff.packing import pack_codes
 from qdiff.ranges import grid_from_range
 from qdiff.spec import QuantSpec, StepGroups
 from qdiff.steps import StepTable
@@ -21,6 +22,11 @@ TIMESTEPS = torch.arange(950, 0, -100)
 
 def whole(generator, shape, largest):
     return torch.randint(-largest, largest + 1, shape, generator=generator)
+
+
+def packed(layer):
+    spec = layer.weight_quantizers[0].spec
+    return pack_codes(layer.codes, spec.bits, spec.lo)
 
 
 @pytest.mark.parametrize("largest", [1, 15, 255])
@@ -108,7 +114,7 @@ def test_layers_give_what_the_simulation_gives(kind, w_bits, a_bits, w_kind, a_k
     layer, x = random_layer(kind, torch.Generator().manual_seed(seed))
     specs = QuantSpec(w_bits, w_kind, axis), QuantSpec(a_bits, a_kind)
     quant, steps = quantized(layer, x, *specs, boundary=5 if split else None)
-    integer = integer_layer(quant, quant.codes, steps)
+    integer = integer_layer(quant, packed(quant), steps)
     assert "weight" not in dict(integer.named_parameters())
     assert relative(integer(x), quant(x)) < 1e-5
     quant.double(), quant.fold()
@@ -120,7 +126,7 @@ def test_layers_give_what_the_simulation_gives(kind, w_bits, a_bits, w_kind, a_k
 def test_every_sample_takes_its_parameter_set(kind, t, generator):
     layer, x = random_layer(kind, generator)
     quant, steps = quantized(layer, x, QuantSpec(4, axis="out_channel"), QuantSpec(6), groups=3)
-    integer = integer_layer(quant, quant.codes, steps)
+    integer = integer_layer(quant, packed(quant), steps)
     with steps.at(torch.tensor(t)):
         assert relative(integer(x), quant(x)) < 1e-5
         first = integer(x)
@@ -133,7 +139,7 @@ def test_every_sample_takes_its_parameter_set(kind, t, generator):
 def test_inputs_without_a_grid_and_with_one_per_channel_meet_dequantized_weights(kind, activations, generator):
     layer, x = random_layer(kind, generator)
     quant, steps = quantized(layer, x, QuantSpec(4, axis="out_channel"), activations)
-    integer = integer_layer(quant, quant.codes, steps)
+    integer = integer_layer(quant, packed(quant), steps)
     assert not integer.parts[0].integer
     assert relative(integer(x), quant(x)) < 1e-6
 
@@ -141,7 +147,7 @@ def test_inputs_without_a_grid_and_with_one_per_channel_meet_dequantized_weights
 def test_memory_is_that_of_the_codes(generator):
     layer, x = random_layer("3x3", generator)
     quant, steps = quantized(layer, x, QuantSpec(4, axis="out_channel"), QuantSpec(8))
-    part = integer_layer(quant, quant.codes, steps).parts[0]
+    part = integer_layer(quant, packed(quant), steps).parts[0]
     assert part.packed.numel() == layer.weight.numel() / 2 and torch.equal(part.codes(), quant.codes.short())
 
 
