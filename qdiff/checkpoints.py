@@ -26,6 +26,7 @@ from qdiff.spec import Recipe
 from qdiff.surgery import insert_quantizers
 
 FORMAT = "qdiff-checkpoint-2"
+SEEN_BYTES = 2**26  # of a file, which stay in memory page by page until it is opened anew
 READABLE = ("qdiff-checkpoint-1", FORMAT)  # the first had an entry for every scale and zero point
 
 
@@ -164,18 +165,20 @@ class PackedFile:
         for module in self.network.modules():
             if isinstance(module, QuantAttention):
                 module.policy = self.about.get("attention", module.policy)
+        self._file, self._seen = safe_open(path, "pt"), 0
         self._layers = {f"{n}.codes": m for n, m in quant_layers(self.network).items() if m.weight_quantizers}
         self._read_float_part()
 
     def _tensor(self, key: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:  # anew for each: what stays open stays in memory, page by page
-            tensor = file.get_tensor(key).clone()
+        if self._seen > SEEN_BYTES:
+            self._file, self._seen = safe_open(self.path, "pt"), 0
+        tensor = self._file.get_tensor(key).clone()
+        self._seen += tensor.nbytes
         self._hashes[key] = tensor_hash(tensor)
         return tensor
 
     def _read_float_part(self) -> None:
-        with safe_open(self.path, "pt") as file:
-            keys = set(file.keys())
+        keys = set(self._file.keys())
         codes = {key for key in keys if key.endswith(".codes")}
         shapes = {key: tensor.shape for key, tensor in self.network.state_dict().items()}
         expected = shapes.keys() - {key.replace(".codes", ".weight") for key in self._layers}

@@ -53,6 +53,7 @@ def whole(spec, zero):
 def quantized(layer, case, generator):
     """The layer on grids of random scales, its weight far from the edges between codes."""
     layer = type(layer)(*layer_arguments(layer))
+    nn.init.normal_(layer.bias, std=0.1, generator=generator)
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv
     found = kind(layer, case.weights, case.acts, TABLE, case.boundary)
     for part, quantizer in zip(found.slices, found.weight_quantizers, strict=False):
@@ -176,8 +177,7 @@ def test_heads_may_be_products_of_their_own(side, sorted_, make, plain_adapter, 
     network = make(compute, attention=attention(QuantSpec(8, "unsigned")), **layers)
     x, t = torch.randn(4, 8, side, side, generator=generator), torch.zeros(4)
     found, expected = exported(network, plain_adapter, x, dialect="runtime")(x, t), in_double(network, x, t)
-    single = network(x, t)
-    assert (found - expected).norm() < max(1.5 * (single - expected).norm(), 2e-4 * expected.norm())
+    assert (found - expected).norm() < 2e-3 * expected.norm()  # a code of an operand may differ
     kinds = [n.op_type for n in make_model(network, plain_adapter, (8, side, side)).graph.node]
     assert kinds.count("Transpose") == 1 + len(sorted_)  # one more for the input
 
