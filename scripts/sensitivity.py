@@ -31,7 +31,7 @@ from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
 from qdiff.evaluation.report import REPORT_NAME, write
 from qdiff.evaluation.report_sensitivity import sensitivity_report
-from qdiff.evaluation.sensitivity import Sensitivity, measure
+from qdiff.evaluation.sensitivity import Sensitivity, UnitCosts, measure, unit_costs
 from qdiff.evaluation.table import markdown_table
 from qdiff.files import write_text
 from qdiff.methods import METHODS, MethodOptions, make_recipe
@@ -110,8 +110,9 @@ def measure_model(args: argparse.Namespace, model: ChosenModel) -> Sensitivity:
     recipes = {bits: recipe_of(args, model, "nearest-lp", bits) for bits in sorted(set(args.bits))}
     data = select(trajectories, recipes[args.weight_bit], loaded.network, model.adapter, args.seed)
     rollouts = Rollouts(trajectories, model.path())
-    units = sum(1 for s in model.adapter.chain(loaded.network) if any(True for _ in _weights(s.module)))
-    with tqdm(total=units, desc="units", unit="unit", dynamic_ncols=True) as bar:
+    costs = unit_costs(loaded.network, model.adapter, recipes, data, trajectories.timesteps)
+    costs_and_budget(args, costs, list(recipes))  # refused now, not after all units have been measured
+    with tqdm(total=len(costs.units), desc="units", unit="unit", dynamic_ncols=True) as bar:
 
         def tick(unit: str) -> None:
             bar.set_postfix_str(unit, refresh=False)
@@ -121,23 +122,27 @@ def measure_model(args: argparse.Namespace, model: ChosenModel) -> Sensitivity:
         return measure(*found, tick)
 
 
-def _weights(module: torch.nn.Module):
-    return (m for m in module.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear))
-
-
-def choose_bits(args: argparse.Namespace, found: Sensitivity) -> list[int]:
-    """The width of every unit. Raises ValueError naming the budget's flag where it is too small."""
-    errors, uniform = found.end.numpy(), found.bits.index(args.weight_bit)
+def costs_and_budget(
+    args: argparse.Namespace, found: UnitCosts | Sensitivity, widths: Sequence[int]
+) -> tuple[np.ndarray, int]:
+    """([U, B] of what the flags limit, what they allow in all). Raises ValueError naming the flag where it is too
+    little."""
     if args.budget_gbops is not None:
-        costs = np.array([[bit_operations(int(p), bits, args.act_bit) for bits in found.bits] for p in found.products])
+        costs = np.array([[bit_operations(int(p), bits, args.act_bit) for bits in widths] for p in found.products])
         flag, given, budget, unit = "--budget_gbops", args.budget_gbops, int(args.budget_gbops * 1e9), 1e9
     else:
         costs, flag, given, unit = found.stored.numpy(), "--budget_mib", args.budget_mib, MIB
-        budget = int(costs[:, uniform].sum() if given is None else given * MIB)
+        budget = int(costs[:, widths.index(args.weight_bit)].sum() if given is None else given * MIB)
     cheapest = costs.min(1).sum()
     if cheapest > budget:
         raise ValueError(f"{flag} {given:g}: expected at least {cheapest / unit:.4g}, all units at the fewest bits")
-    return [found.bits[column] for column in allocate(errors, costs, budget)]
+    return costs, budget
+
+
+def choose_bits(args: argparse.Namespace, found: Sensitivity) -> list[int]:
+    """The width of every unit."""
+    costs, budget = costs_and_budget(args, found, found.bits)
+    return [found.bits[column] for column in allocate(found.end.numpy(), costs, budget)]
 
 
 def rows_of(args: argparse.Namespace, found: Sensitivity, bits: list[int]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from qdiff.evaluation.cost import cost_of
 from qdiff.layers import quant_layers
 from qdiff.packing import packed_bytes
 from qdiff.spec import Recipe
+from qdiff.surgery import insert_quantizers
 
 BATCH = 16  # states at once
 SCALE_BYTES = 6  # of an output channel: a float32 scale and an int16 zero point
@@ -48,6 +49,31 @@ class Sensitivity:
     carried: Tensor
     stored: Tensor
     products: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class UnitCosts:
+    """What units cost, by their structure alone; fields as `Sensitivity` has them."""
+
+    units: tuple[str, ...]
+    stored: Tensor
+    products: Tensor
+
+
+def unit_costs(
+    network: nn.Module, adapter: Adapter, recipes: dict[int, Recipe], data: CalibrationSet, timesteps: Tensor
+) -> UnitCosts:
+    """Of the units of a float network; arguments as for `measure`, nothing is computed."""
+    chains = []
+    for recipe in recipes.values():
+        with torch.device("meta"):
+            twin = adapter.build(adapter.config_of(network))
+        twin = insert_quantizers(twin, recipe, adapter, timesteps)
+        chains.append({s.name: s.module for s in adapter.chain(twin)})
+    first = chains[0]
+    units = [name for name in first if any(m.weight_quantizers for m in quant_layers(first[name]).values())]
+    stored = torch.tensor([[_stored_bytes(chain[name]) for chain in chains] for name in units])
+    return UnitCosts(tuple(units), stored, torch.tensor(_products(network, adapter, units, data)))
 
 
 def all_states(trajectories, samples: int) -> CalibrationSet:
@@ -77,25 +103,22 @@ def measure(
     data = all_states(rollouts.trajectories, samples)
     frontier = Frontier(network, adapter, data, BATCH)
     chains = [{s.name: s.module for s in adapter.chain(each)} for each in quantized]
-    first = quantized[0]
-    units = [s.name for s in adapter.chain(first) if any(m.weight_quantizers for m in quant_layers(s.module).values())]
-    products = _products(network, adapter, units, data)
+    costs = unit_costs(network, adapter, recipes, data, timesteps)
     prediction = torch.cat([part for _, part in frontier.batch_outputs(adapter.chain(network)[-1].name)])
-    single, end, stored = [], [], []
-    for name in units:
+    single, end = [], []
+    for name in costs.units:
         found = [
             _errors(frontier, name, chain[name], each, prediction, rollouts.path, timesteps, samples)
             for chain, each in zip(chains, quantized, strict=True)
         ]
         single.append(torch.stack([errors for errors, _ in found]))
         end.append(torch.stack([error for _, error in found]))
-        stored.append(torch.tensor([_stored_bytes(chain[name]) for chain in chains]))
         tick(name)
-    layers = tuple(tuple(_layer_names(first, name)) for name in units)
+    layers = tuple(tuple(_layer_names(quantized[0], name)) for name in costs.units)
     return Sensitivity(
-        *(tuple(units), layers, tuple(recipes), tuple(timesteps.tolist())),
+        *(costs.units, layers, tuple(recipes), tuple(timesteps.tolist())),
         *(torch.stack(single), torch.stack(end), _carried(rollouts.path, len(timesteps))),
-        *(torch.stack(stored), torch.tensor(products)),
+        *(costs.stored, costs.products),
     )
 
 

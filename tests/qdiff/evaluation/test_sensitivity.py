@@ -17,7 +17,7 @@ from qdiff.calibration.trajectories import Trajectories
 from qdiff.checkpoints import packed_state
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
-from qdiff.evaluation.sensitivity import measure
+from qdiff.evaluation.sensitivity import _stored_bytes, measure, unit_costs
 from qdiff.layers import quant_layers
 from qdiff.methods import MethodOptions, make_recipe
 
@@ -97,6 +97,16 @@ def test_errors_of_a_guided_prediction(make_latent, latent_adapter):
     assert torch.allclose(found.single[u, 0], differences.square().mean((1, 2, 3, 4)), rtol=1e-9)
     end = torch.einsum("s,s...->...", Path.coefficients[-1], differences)
     assert torch.allclose(found.end[u, 0], end.square().mean(), rtol=1e-9)
+
+
+def test_costs_are_known_without_measuring(measured):
+    network, recipes, found, rollouts, data = measured
+    costs = unit_costs(network, ADAPTER, recipes, data, T)
+    assert costs.units == found.units and torch.equal(costs.products, found.products)
+    for b, recipe in enumerate(recipes.values()):
+        quantized = calibrate(network, ADAPTER, recipe, data, 0, T).network
+        stored = [_stored_bytes(quantized.get_submodule(name)) for name in costs.units]
+        assert costs.stored[:, b].tolist() == stored
 
 
 def test_units_are_all_that_is_quantized_in_the_order_of_execution(measured):
