@@ -56,6 +56,12 @@ def saved(quantized, adapter, timesteps, tmp_path):
     return save
 
 
+@pytest.fixture
+def written(saved):
+    """The bytes of a checkpoint."""
+    return saved()[1].read_bytes()
+
+
 def rewrite(path, about=None, tensors=lambda tensors: None):
     """Change a checkpoint's description and tensors."""
     changed = load_file(path)
@@ -282,10 +288,10 @@ def test_metadata_of_another_kind_are_refused(tmp_path, text):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
-def test_a_damaged_header_never_gives_another_kind_of_error(saved, tmp_path, data):
+def test_a_damaged_header_never_gives_another_kind_of_error(written, tmp_path, data):
     """Flip a byte of the header, which holds names, shapes and the description as JSON."""
     path = tmp_path / "damaged.safetensors"
-    content = bytearray(saved()[1].read_bytes())
+    content = bytearray(written)
     end = 8 + int.from_bytes(content[:8], "little")
     content[data.draw(st.integers(0, end - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
@@ -297,10 +303,10 @@ def test_a_damaged_header_never_gives_another_kind_of_error(saved, tmp_path, dat
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(data=st.data())
-def test_no_damaged_tensor_goes_unnoticed(saved, tmp_path, data):
+def test_no_damaged_tensor_goes_unnoticed(written, tmp_path, data):
     """Flip a byte behind the header: it would be another weight, scale or bias."""
     path = tmp_path / "damaged.safetensors"
-    content = bytearray(saved()[1].read_bytes())
+    content = bytearray(written)
     start = 8 + int.from_bytes(content[:8], "little")
     content[data.draw(st.integers(start, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
