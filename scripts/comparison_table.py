@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdiff.evaluation.table import FD_NAME
+
 MIB = 2**20
 COLUMNS = [
     ("label", "method", "s"),
     ("bits", "W/A", "s"),
     ("psnr_db", "PSNR to float (dB)", ".2f"),
     ("fd_float", "FD to float", ".2f"),
-    ("fd", "FD (CIFAR-10 features)", ".2f"),  # `qdiff.evaluation.fidelity.METRIC`, which takes seconds to import
+    ("fd", FD_NAME, ".2f"),
     ("prompt_accuracy", "prompt's class named", ".3f"),
     ("end_error", "RMS error at the end", ".3g"),
     ("mib", "size (MiB)", ".2f"),

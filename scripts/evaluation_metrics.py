@@ -35,7 +35,6 @@ from qdiff.evaluation.extractors import (
     found_weights,
 )
 from qdiff.evaluation.features import IMAGE_SHAPE, models_folder
-from qdiff.evaluation.fidelity import METRIC as FD_NAME
 from qdiff.evaluation.images import Images
 from qdiff.evaluation.intervals import (
     half_width,
@@ -43,6 +42,7 @@ from qdiff.evaluation.intervals import (
     resampled_frechet_distances,
     resampled_inception_scores,
 )
+from qdiff.evaluation.table import FD_NAME
 
 NARROW = 512  # features up to which resampling is cheap
 DRAWS, WIDE_DRAWS = 100, 20  # resamples by default, of narrow features and of wide ones

@@ -19,7 +19,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from ddim.files import atomic
 from qdiff.evaluation.extractors import CIFAR10, CIFAR10_LAYER, INCEPTION, POOLED, Extractor, found_weights
 from qdiff.evaluation.features import IMAGE_SHAPE
-from qdiff.evaluation.fidelity import METRIC, Statistics, frechet_distance, load_train_statistics
+from qdiff.evaluation.fidelity import Statistics, frechet_distance, load_train_statistics
+from qdiff.evaluation.table import FD_NAME
 
 NETWORKS = {"cifar10": (CIFAR10, CIFAR10_LAYER), "inception": (INCEPTION, POOLED)}
 
@@ -66,5 +67,5 @@ class Features:
         said = [f"{path}: of {len(features)} images"]
         if self.args.features == "cifar10":
             own = Statistics(found["mu"], found["sigma"], len(features))
-            said.append(f"{METRIC} to the training images: {frechet_distance(own, load_train_statistics()):.4f}")
+            said.append(f"{FD_NAME} to the training images: {frechet_distance(own, load_train_statistics()):.4f}")
         return said

@@ -16,8 +16,6 @@ from torch_fidelity.utils import create_feature_extractor
 
 from .features import EXTRACTOR, FEATURE_LAYER, models_folder, register, require_cifar_images
 
-METRIC = "FD (CIFAR-10 features)"
-
 
 @dataclass(frozen=True, eq=False)
 class Statistics:

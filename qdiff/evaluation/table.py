@@ -3,6 +3,7 @@
 from typing import Any
 
 MISSING = "–"
+FD_NAME = "FD (CIFAR-10 features)"  # in every table: the Fréchet distance of `qdiff.evaluation.fidelity`
 
 
 def markdown_table(rows: list[dict[str, Any]], columns: list[tuple[str, str, str]]) -> str:

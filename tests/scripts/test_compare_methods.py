@@ -17,8 +17,9 @@ from ddim.samplers import ddim_step
 from ddim.schedules import beta_schedule, cumulative_alphas
 from qdiff.checkpoints import load_checkpoint
 from qdiff.evaluation.curves import error_curves
-from qdiff.evaluation.fidelity import METRIC, feature_statistics, frechet_distance
+from qdiff.evaluation.fidelity import feature_statistics, frechet_distance
 from qdiff.evaluation.similarity import to_uint8
+from qdiff.evaluation.table import FD_NAME
 from qdiff.files import sole_user
 
 COMPARE = "compare_methods"
@@ -56,7 +57,7 @@ def test_what_it_writes(compared):
     table = (out / "results.md").read_text()
     assert table in result.out and "out/comparison.png, on cpu, 1 threads" in result.out
     assert len(table.splitlines()) == 2 + 5 and "| 4/8 " in table
-    assert (out / "run.log").is_file() and f"| {METRIC} |" in table
+    assert (out / "run.log").is_file() and f"| {FD_NAME} |" in table
     assert {"calibration data", "float images", "nearest images", "weight ranges"} <= set(result.bars)
 
 

@@ -45,6 +45,12 @@ def test_a_conditional_model_with_guidance(latent, tmp_path):
     assert len(json.loads((tmp_path / "out" / "sensitivity.json").read_text())["timesteps"]) == 4
 
 
+def test_a_budget_that_nothing_fits_is_refused_before_units_are_measured(tiny, tmp_path):
+    result = call("sensitivity", *tiny.model, *SHORT, "--budget_mib", 0.001)
+    refused(result, "--budget_mib 0.001")
+    assert result.bars == ["calibration data"]
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
