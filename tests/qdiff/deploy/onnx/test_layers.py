@@ -162,10 +162,8 @@ def test_attention_is_the_simulated_one(softmax, acts, heads, make, plain_adapte
     assert wrong < max(1.5 * (single - expected).norm() / expected.norm(), 2e-4)
 
 
-@pytest.mark.parametrize(("side", "sorted_"), [(8, "ko"), (5, "qkvo")], ids=["many tokens", "few"])
-def test_heads_may_be_products_of_their_own(side, sorted_, make, plain_adapter, exported, in_double):
-    """Of many tokens: then only keys, for their product, and the output are sorted."""
-    generator = torch.Generator().manual_seed(3)
+def attended_heads(make, side, generator):
+    """Two heads over side * side tokens, their queries, keys and values layers."""
 
     def compute(n, x, t):
         tokens = x.flatten(2).transpose(1, 2)
@@ -174,12 +172,34 @@ def test_heads_may_be_products_of_their_own(side, sorted_, make, plain_adapter, 
 
     names = ("to_q", "to_k", "to_v")
     layers = {name: quantized(nn.Linear(8, 8), CASES["affine"], generator) for name in names}
-    network = make(compute, attention=attention(QuantSpec(8, "unsigned")), **layers)
+    return make(compute, attention=attention(QuantSpec(8, "unsigned")), **layers)
+
+
+@pytest.mark.parametrize(
+    ("side", "sorted_", "softmaxes"),
+    [(5, "qkvo", 1), (8, "ko", 1), (16, "kk", 2)],
+    ids=["few tokens", "many", "one head at a time"],
+)
+def test_heads_may_be_products_of_their_own(side, sorted_, softmaxes, make, plain_adapter, exported, in_double):
+    """Of many tokens: then only keys, for their product, and the output are sorted. Or heads attend one by one: then
+    only keys are."""
+    generator = torch.Generator().manual_seed(3)
+    network = attended_heads(make, side, generator)
     x, t = torch.randn(4, 8, side, side, generator=generator), torch.zeros(4)
     found, expected = exported(network, plain_adapter, x, dialect="runtime")(x, t), in_double(network, x, t)
     assert (found - expected).norm() < 2e-3 * expected.norm()  # a code of an operand may differ
     kinds = [n.op_type for n in make_model(network, plain_adapter, (8, side, side)).graph.node]
     assert kinds.count("Transpose") == 1 + len(sorted_)  # one more for the input
+    assert kinds.count("Softmax") == softmaxes
+
+
+def test_one_head_at_a_time_or_all_at_once_is_the_same(make, plain_adapter, exported, monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    network = attended_heads(make, 9, generator)
+    x, t = torch.randn(3, 8, 9, 9, generator=generator), torch.zeros(3)
+    at_once = exported(network, plain_adapter, x)(x, t)
+    monkeypatch.setattr("qdiff.deploy.onnx.attention.MANY_SCORES", 81 * 81)
+    assert torch.equal(exported(network, plain_adapter, x)(x, t), at_once)
 
 
 @pytest.mark.parametrize("policy", ["integer", "float"])
