@@ -21,9 +21,10 @@ from qdiff.calibration.selectors import check_selection, select
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
-from qdiff.commandline import bits_label, chosen_recipe, describe_device, method_options, tensor_float32
+from qdiff.commandline import bits_label, chosen_recipe, method_options
 from qdiff.deploy.convert import load_integer, quantizes_activations
 from qdiff.deploy.runtime import keeps_codes
+from qdiff.devices import describe_device, tensor_float32
 from qdiff.evaluation.report import REPORT_NAME, write
 from qdiff.evaluation.report_runs import calibration_report
 from qdiff.layers import act_quantizers, quant_layers

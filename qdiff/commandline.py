@@ -7,15 +7,13 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from qdiff.calibration.store import MemoryLimits
 from qdiff.deploy.runtime import PREFERENCES, RUNTIMES, check_runtime
@@ -302,43 +300,11 @@ def _with(spec: Any, **given: Any) -> Any:
     return replace(spec, **{name: value for name, value in given.items() if value is not None})
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # the meta device fails here
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError among them
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...; not available here: {reason}") from error
-    return device
-
-
-@contextmanager
-def tensor_float32(allowed: bool) -> Iterator[None]:
-    """Within the block GPUs may compute float32 products with 10-bit mantissas."""
-    former = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = former
-
-
 def bits_label(recipe: Recipe | None) -> str:
     """W4A8 and the like, 32 for activations that stay float; "float" for no recipe."""
     if recipe is None:
         return "float"
     return f"W{recipe.weights.bits}A{32 if recipe.activations is None else recipe.activations.bits}"
-
-
-def describe_device(network: nn.Module) -> str:
-    """The device a network is on, for people: a GPU's name, or the CPU and its threads."""
-    device = next(network.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def new_folder(parent: Path) -> Path:

@@ -26,7 +26,8 @@ from timing import in_turn
 
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import select
-from qdiff.commandline import add_run_flags, choose_device, make_parser, print_plan, run_main, whole
+from qdiff.commandline import add_run_flags, make_parser, print_plan, run_main, whole
+from qdiff.devices import choose_device
 from qdiff.evaluation.table import markdown_table
 from qdiff.files import write_text
 from qdiff.methods import MethodOptions, make_recipe

@@ -25,7 +25,8 @@ from qdiff.calibration.run import Calibration, RunOptions
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.stages import find_activation_ranges, find_weight_ranges
-from qdiff.commandline import PRODUCTS, add_run_flags, tensor_float32, whole
+from qdiff.commandline import PRODUCTS, add_run_flags, whole
+from qdiff.devices import tensor_float32
 from qdiff.layers import quant_layers
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.progress import peak_memory

@@ -29,13 +29,13 @@ from qdiff.commandline import (
     GOES_ON,
     add_run_flags,
     add_team_flags,
-    choose_device,
     make_parser,
     print_plan,
     run_main,
     start_log,
     whole,
 )
+from qdiff.devices import choose_device
 from qdiff.fabric import start_team
 from qdiff.files import sole_user
 from qdiff.methods import METHODS

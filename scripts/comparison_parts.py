@@ -28,7 +28,7 @@ from qdiff.calibration.runner import RunOptions, calibrate
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import Trajectories, concatenate, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
-from qdiff.commandline import describe_device
+from qdiff.devices import describe_device
 from qdiff.evaluation.cost import float_bytes, stored_bytes
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.files import save_safetensors, write_text

@@ -30,13 +30,13 @@ from qdiff.commandline import (
     GOES_ON,
     add_run_flags,
     add_runtime_flags,
-    choose_device,
     make_parser,
     print_plan,
     run_main,
     start_log,
     whole,
 )
+from qdiff.devices import choose_device
 from qdiff.evaluation.cache import Cache, default_folder
 from qdiff.evaluation.distances import FileStatistics, holds_statistics
 from qdiff.evaluation.extractors import INCEPTION, VGG, fetch_weights, found_weights, too_few

@@ -15,7 +15,8 @@ from qdiff.calibration.rollout import FloatRuns, GroupRollout, Predictor, Rollou
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import select
 from qdiff.calibration.store import Store
-from qdiff.commandline import add_run_flags, choose_device, whole
+from qdiff.commandline import add_run_flags, whole
+from qdiff.devices import choose_device
 from qdiff.evaluation.memory import LiveBytes
 from qdiff.layers import act_quantizers, learnable_scales
 from qdiff.methods import MethodOptions, make_recipe

@@ -46,7 +46,6 @@ from qdiff.commandline import (
     add_runtime_flags,
     add_team_flags,
     check_runtime_flags,
-    choose_device,
     make_parser,
     print_plan,
     run_main,
@@ -54,6 +53,7 @@ from qdiff.commandline import (
     warn_without_effect,
     whole,
 )
+from qdiff.devices import choose_device
 from qdiff.fabric import start_team
 from qdiff.parallel import Team
 

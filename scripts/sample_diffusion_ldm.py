@@ -31,12 +31,12 @@ from qdiff.commandline import (
     add_runtime_flags,
     add_team_flags,
     check_runtime_flags,
-    choose_device,
     make_parser,
     number,
     run_main,
     whole,
 )
+from qdiff.devices import choose_device
 from qdiff.fabric import start_team
 
 

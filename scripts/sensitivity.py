@@ -26,7 +26,8 @@ from tqdm import tqdm
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import concatenate
-from qdiff.commandline import add_run_flags, choose_device, make_parser, number, print_plan, run_main, start_log, whole
+from qdiff.commandline import add_run_flags, make_parser, number, print_plan, run_main, start_log, whole
+from qdiff.devices import choose_device
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
 from qdiff.evaluation.report import REPORT_NAME, write
