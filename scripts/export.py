@@ -2,8 +2,8 @@
 """Write a calibrated network for where it is to run: packed, as ONNX, or in Q-Diffusion's format.
 
 packed: the native .safetensors, from Q-Diffusion's ckpt.pth or anew with another --attention. onnx: for ONNX Runtime on
-CPUs. onnx-portable: standard operators only, a file per parameter set. qdiffusion: ckpt.pth, with the float weights of
-the model that the flags name.
+CPUs. onnx-portable: standard operators only, a file per parameter set; with -4bit, weights of at most 4 bits are stored
+in 4. qdiffusion: ckpt.pth, with the float weights of the model that the flags name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from qdiff.layers import quant_layers
 from qdiff.published import original_flags, save_published
 from qdiff.spec import Recipe
 
-SUFFIXES = {"packed": ".safetensors", "onnx": ".onnx", "onnx-portable": ".onnx", "qdiffusion": ".pth"}
+ONNX_DIALECTS = {"onnx": "runtime", "onnx-portable": "portable", "onnx-portable-4bit": "portable-4bit"}
+SUFFIXES = {"packed": ".safetensors", **dict.fromkeys(ONNX_DIALECTS, ".onnx"), "qdiffusion": ".pth"}
 OF_PUBLISHED = ("quant_act", "weight_bit", "act_bit", "sm_abit", "a_sym", "split")
 MIB = 2**20
 
@@ -112,7 +113,7 @@ def output_path(args: argparse.Namespace) -> Path:
 
 def check_args(args: argparse.Namespace, model: NamedModel | None) -> None:
     """Raise ValueError naming flags that are at odds with the format, or a package that it needs."""
-    needs_onnx = args.format.startswith("onnx")
+    needs_onnx = args.format in ONNX_DIALECTS
     if needs_onnx and not has_onnx_runtime():
         raise ValueError(f"--format {args.format}: needs ONNX, found none: pip install '.[onnx]'")
     if args.format == "qdiffusion" and args.attention is not None:
@@ -146,10 +147,10 @@ def write_published(source: Source, args: argparse.Namespace, path: Path, model:
 
 
 def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: NamedModel | None) -> None:
-    """One file, or in the portable dialect one per parameter set where there are several."""
+    """One file, or in the portable dialects one per parameter set where there are several."""
     from qdiff.deploy.onnx.export import export_onnx
 
-    shape, context = input_sizes(source, args, model)
+    sizes = input_sizes(source, args, model)
     network = source.network
     policy = args.attention or source.provenance.get("attention", ATTENTION_POLICIES[0])
     if policy != ATTENTION_POLICIES[0]:
@@ -157,8 +158,14 @@ def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: Name
 
         network = integer_network(network, policy)
     if args.format == "onnx":
-        export_onnx(network, source.adapter, path, shape, context)
-        return
+        export_onnx(network, source.adapter, path, *sizes)
+    else:
+        _write_portable(network, source, args, path, sizes)
+
+
+def _write_portable(network: nn.Module, source: Source, args: argparse.Namespace, path: Path, sizes: tuple) -> None:
+    from qdiff.deploy.onnx.export import make_model, weights_with_zero_points, write_model
+
     table = source.network.step_table
     for number in range(table.count):
         one, chosen = path, None
@@ -166,7 +173,14 @@ def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: Name
             one, chosen = path.with_stem(f"{path.stem}_set{number:02d}"), number
             timesteps = (table.lookup == number).nonzero().flatten().tolist()
             print(f"{one.name}: timesteps {timesteps[0]} to {timesteps[-1]}" if timesteps else f"{one.name}: unused")
-        export_onnx(network, source.adapter, one, shape, context, dialect="portable", parameter_set=chosen)
+        graph = make_model(network, source.adapter, *sizes, ONNX_DIALECTS[args.format], chosen)
+        write_model(graph, one)
+    found, weights = weights_with_zero_points(graph)
+    if found and args.format == "onnx-portable":
+        print(
+            f"{found} of {weights} weights have zero points, and engines may multiply them as floats; weights of at "
+            "most 7 bits or on symmetric grids (--set weights.kind=signed when calibrating) have none"
+        )
 
 
 def input_sizes(
@@ -187,7 +201,7 @@ def input_sizes(
 WRITERS: dict[str, Callable] = {
     "packed": write_packed,
     "qdiffusion": write_published,
-    **dict.fromkeys(("onnx", "onnx-portable"), write_onnx),
+    **dict.fromkeys(ONNX_DIALECTS, write_onnx),
 }
 
 

@@ -87,9 +87,9 @@ def test_the_original_format_from_packed(tiny, calibrated, packed, tmp_path):
     assert "the original code reads it with --weight_bit 4 --split --quant_act --act_bit 8 --a_sym" in out
 
 
-@pytest.mark.parametrize("kind", ["onnx", "onnx-portable"])
+@pytest.mark.parametrize("kind", ["onnx", "onnx-portable", "onnx-portable-4bit"])
 def test_onnx(packed, tmp_path, kind):
-    export(packed, kind, "out")
+    assert "zero points" not in export(packed, kind, "out")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "ckpt.onnx")
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     (found,) = session.run(None, {"x": x.numpy(), "t": t.numpy()})
@@ -101,7 +101,8 @@ def test_onnx(packed, tmp_path, kind):
 def test_onnx_of_a_latent_model(latent, text, tmp_path):
     """Sizes are the configuration's, or of the height and width that are asked for."""
     export(text, "onnx", "sd.onnx", "-r", latent.sd.ckpt)
-    export(text, "onnx-portable", "wide.onnx", "-r", latent.sd.folder, "--W", 32)
+    out = export(text, "onnx-portable", "wide.onnx", "-r", latent.sd.folder, "--W", 32)
+    assert "weights have zero points" in out and "--set weights.kind=signed" in out  # of 8 bits
     for name, width in (("sd.onnx", 8), ("wide.onnx", 16)):
         shapes = {each.name: each.shape for each in onnxruntime.InferenceSession(tmp_path / name).get_inputs()}
         assert shapes["x"][1:] == [4, 8, width] and shapes["context"][1:] == [16, 32]
@@ -157,15 +158,15 @@ def test_a_failure_leaves_nothing(packed, grouped, tmp_path, monkeypatch):
     """Not even the first of several files."""
     from qdiff.deploy.onnx import export as onnx_export
 
-    real, calls = onnx_export.export_onnx, []
+    real, calls = onnx_export.make_model, []
 
     def fails_at_the_second(*args, **kwargs):
         if calls:
             raise ValueError("mid.block_1: expected operators that the ONNX export knows, found erfinv")
         calls.append(1)
-        real(*args, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(onnx_export, "export_onnx", fails_at_the_second)
+    monkeypatch.setattr(onnx_export, "make_model", fails_at_the_second)
     result = call("export", "--cali_ckpt", grouped, "--format", "onnx-portable", "--out", "sets.onnx")
     refused(result, "mid.block_1", "erfinv")
     assert tree(tmp_path) == {}

@@ -13,12 +13,16 @@ from torch import nn
 from qdiff.adapters import Adapter
 from qdiff.deploy.onnx.builder import Builder, value_info
 from qdiff.deploy.onnx.lowering import Lowering
-from qdiff.deploy.onnx.portable import PortableLowering
+from qdiff.deploy.onnx.portable import FourBitLowering, PortableLowering
 from qdiff.deploy.onnx.runtime import RuntimeLowering
 from qdiff.deploy.onnx.tracer import Trace, static_size, trace
 from qdiff.steps import StepTable
 
-DIALECTS: dict[str, type[Lowering]] = {"runtime": RuntimeLowering, "portable": PortableLowering}
+DIALECTS: dict[str, type[Lowering]] = {
+    "runtime": RuntimeLowering,
+    "portable": PortableLowering,
+    "portable-4bit": FourBitLowering,
+}
 INLINE_BYTES = 3 * 2**29  # of constants; larger models keep them in a file beside (protobuf ends at 2 GiB)
 
 
@@ -37,8 +41,8 @@ def make_model(
     sets = 1 if table is None else table.count
     if parameter_set is not None and not 0 <= parameter_set < sets:
         raise ValueError(f"parameter_set: expected 0 to {sets - 1}, found {parameter_set}")
-    if dialect == "portable" and parameter_set is None and sets > 1:
-        raise ValueError(f"dialect portable: holds one of the network's {sets} parameter sets; give parameter_set")
+    if dialect != "runtime" and parameter_set is None and sets > 1:
+        raise ValueError(f"dialect {dialect}: holds one of the network's {sets} parameter sets; give parameter_set")
     recorded = trace(network, adapter, shape, context_shape)
     builder = Builder()
     output = DIALECTS[dialect](recorded, builder, parameter_set).lower()
@@ -69,7 +73,8 @@ def export_onnx(
     shape: (C, H, W); context_shape: (L, D) of a network with cross attention, () of a class-conditional one, whose
     labels are int64. dialect "runtime" is for ONNX Runtime on CPUs and holds all parameter sets, chosen by the scalar
     int64 input `set` where there are several; "portable" is standard ONNX with quantize and dequantize operators for
-    any runtime and holds one, `parameter_set`. Constants of more than 1.5 GiB go to a file beside, `path`.data.
+    any runtime and holds one, `parameter_set`; "portable-4bit" is the same with weights of at most 4 bits stored in 4
+    instead of 8, which engines multiply as floats. Constants of more than 1.5 GiB go to a file beside, `path`.data.
 
     Raises ValueError for arguments at odds, naming a layer that is not calibrated, and naming an operator that has no
     counterpart and the module it stands in.
@@ -86,6 +91,13 @@ def write_model(model: onnx.ModelProto, path: str | Path, inline_bytes: int | No
         onnx.save_model(model, str(path), save_as_external_data=True, location=data)
     else:
         path.write_bytes(model.SerializeToString())
+
+
+def weights_with_zero_points(model: onnx.ModelProto) -> tuple[int, int]:
+    """Of a portable graph's weights that are codes: how many have zero points, and how many there are."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    codes = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+    return sum(len(node.input) > 2 for node in codes), len(codes)
 
 
 def constant_bytes(model: onnx.ModelProto) -> int:

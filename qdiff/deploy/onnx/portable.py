@@ -1,13 +1,15 @@
 """The dialect for any runtime: standard ONNX, tensors as PyTorch has them, quantization as pairs of QuantizeLinear and
 DequantizeLinear in front of every layer, weights as codes that a DequantizeLinear reads.
 
-Runtimes match these pairs with the layer behind them (OpenVINO and TensorRT run it in integers); one that does not
-gets the simulation. Grids that are narrower than the type that stores their codes clip the input before.
+Runtimes match these pairs with the layer behind them and multiply integers, or run what is written, the simulation. To
+be matched, weights are stored as int8 codes without zero points wherever those fit: all of 7 bits or fewer, and 8-bit
+ones of symmetric grids. Grids that are narrower than the type that stores their codes clip the input before.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 
 from qdiff.deploy.onnx.builder import INT4, UINT4
 from qdiff.deploy.onnx.lowering import Lowering, Stored
@@ -17,6 +19,8 @@ from qdiff.deploy.onnx.tracer import Op, View
 
 class PortableLowering(Lowering):
     """Every value is stored axis by axis as the recorded operation gave it."""
+
+    four_bit = False  # whether weights of 4 bits or fewer are stored in 4: half the size, but not what engines match
 
     # Layers
 
@@ -59,21 +63,31 @@ class PortableLowering(Lowering):
         order = (lambda values: values.T) if transposed else (lambda values: values)
         if not isinstance(weight, Codes):
             return self.builder.constant(order(weight), hint="weight")
-        signed, bits = weight.spec.lo < 0, weight.spec.bits
-        dtype = np.int8 if signed else np.uint8
-        width = 4 if bits <= 4 else 8
-        low = -(2 ** (width - 1)) if signed else 0
-        high = low + 2**width - 1
-        if weight.zero.min() < low or weight.zero.max() > high:
+        kind, codes, zero = self._stored_codes(weight)
+        if kind is None:
             return self.builder.constant(order(weight.values()), hint="weight")
-        codes, zero = order(weight.codes).astype(dtype), weight.zero.astype(dtype)
-        if width == 4:
-            kind = INT4 if signed else UINT4
-            names = self.builder.packed(codes, kind, "codes"), self.builder.packed(zero, kind, "zero")
+        if kind in (INT4, UINT4):
+            names = self.builder.packed(order(codes), kind, "codes"), self.builder.packed(zero, kind, "zero")
         else:
-            names = self.builder.constant(codes, hint="codes"), self.builder.constant(zero)
-        scale = self.builder.constant(weight.scale)
-        return self.builder.add("DequantizeLinear", names[0], scale, names[1], axis=int(transposed))
+            names = self.builder.constant(order(codes), hint="codes"), self.builder.constant(zero) if zero.any() else ""
+        inputs = [names[0], self.builder.constant(weight.scale), *filter(None, names[1:])]
+        return self.builder.add("DequantizeLinear", *inputs, axis=int(transposed))
+
+    def _stored_codes(self, weight: Codes) -> tuple[int | None, np.ndarray, np.ndarray]:
+        """ONNX's type that stores the codes, they, and their zero points; no type where none holds all of them."""
+        codes, zero, signed = weight.codes, weight.zero, weight.spec.lo < 0
+        if self.four_bit and weight.spec.bits <= 4:
+            kind, dtype, low, high = (INT4, np.int8, -8, 7) if signed else (UINT4, np.uint8, 0, 15)
+        else:
+            centered = codes - zero.reshape(-1, *[1] * (codes.ndim - 1))
+            if centered.min() >= -128 and centered.max() <= 127:
+                return TensorProto.INT8, centered.astype(np.int8), np.zeros_like(zero, np.int8)
+            kind, dtype, low, high = (
+                (TensorProto.INT8, np.int8, -128, 127) if signed else (TensorProto.UINT8, np.uint8, 0, 255)
+            )
+        if low <= zero.min() and zero.max() <= high:
+            return kind, codes.astype(dtype), zero.astype(dtype)
+        return None, codes, zero
 
     # Grids
 
@@ -153,6 +167,12 @@ class PortableLowering(Lowering):
     def lower_avg_pool(self, op: Op) -> str:
         size = [op["size"]] * 2
         return self.builder.add("AveragePool", self.natural(op.inputs[0]), kernel_shape=size, strides=size)
+
+
+class FourBitLowering(PortableLowering):
+    """The same with small files."""
+
+    four_bit = True
 
 
 def _code_type(grid: Grid) -> type:

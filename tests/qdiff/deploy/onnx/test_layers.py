@@ -8,7 +8,7 @@ from torch import nn
 
 from ddim.attention import DotProductAttention
 from qdiff.deploy.convert import integer_network
-from qdiff.deploy.onnx.export import make_model
+from qdiff.deploy.onnx.export import make_model, weights_with_zero_points
 from qdiff.layers import QuantAttention, QuantConv, QuantLinear
 from qdiff.spec import QuantSpec, StepGroups
 from qdiff.steps import StepTable
@@ -229,12 +229,29 @@ def test_products_are_of_codes_and_weights_of_bytes(make, plain_adapter, generat
     assert len(codes) == 1 and len(codes[0].raw_data) == 360
 
 
-def test_four_bit_weights_are_stored_in_four_bits(make, plain_adapter, generator):
-    layer = quantized(nn.Conv2d(8, 5, 3, padding=1), CASES["W4A8"], generator)
-    network = make(lambda n, x, t: n.layer(x), layer=layer)
-    model = make_model(network, plain_adapter, SIZE, dialect="portable")
-    codes = [t for t in model.graph.initializer if list(t.dims) == [5, 8, 3, 3]]
-    assert len(codes) == 1 and len(codes[0].raw_data) == 180
+@pytest.mark.parametrize("case", ["W4A8", "affine", "symmetric"])
+@pytest.mark.parametrize("layer", ["3x3", "linear"])
+def test_weights_of_portable_graphs(case, layer, make, plain_adapter, exported, generator):
+    """In eight bits without zero points where they fit, as engines need them; or narrow ones in four."""
+    float_layer, compute = LAYERS[layer]
+    network = make(compute, layer=quantized(float_layer, CASES[case], generator))
+    x, t = inputs(CASES[case], generator), torch.zeros(3)
+    names = ["portable", "portable-4bit"]
+    found = [exported(network, plain_adapter, x, dialect=name)(x, t) for name in names]
+    assert torch.equal(*found)
+    models = [make_model(network, plain_adapter, SIZE, dialect=name) for name in names]
+    count = float_layer.weight.numel()
+    stored = [next(t for t in m.graph.initializer if t.name == weight_codes(m)) for m in models]
+    assert [len(tensor.raw_data) for tensor in stored] == [count, -(-count // 2) if case == "W4A8" else count]
+    zeros = {"W4A8": [0, 1], "affine": [1, 1], "symmetric": [0, 0]}  # affine: all 8 bits, not about their middle
+    assert [weights_with_zero_points(model) for model in models] == [(zero, 1) for zero in zeros[case]]
+
+
+def weight_codes(model):
+    """The name of the codes in a graph with one layer."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    (name,) = (n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants)
+    return name
 
 
 def test_a_layer_without_codes_is_named(make, plain_adapter):

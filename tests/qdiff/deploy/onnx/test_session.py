@@ -138,7 +138,7 @@ def test_arguments_at_odds(network, adapter, quantized):
 
     grouped = quantized(replace(W8A8, step_groups=StepGroups(3)), 64)
     for arguments, message in [
-        ({"dialect": "tflite"}, "dialect: expected one of runtime, portable, found 'tflite'"),
+        ({"dialect": "tflite"}, "dialect: expected one of runtime, portable, portable-4bit, found 'tflite'"),
         ({"parameter_set": 3}, "parameter_set: expected 0 to 2, found 3"),
         ({"dialect": "portable"}, "holds one of the network's 3 parameter sets; give parameter_set"),
     ]:
