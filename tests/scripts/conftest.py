@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "scripts")]
 
 from latents import CONFIGS, write_model  # noqa: E402
-from running import call, only_run, passed  # noqa: E402
+from running import call, only_run, passed, refused, tree  # noqa: E402
 
 from ddim.pretrained import build_network, load_config  # noqa: E402
 
@@ -129,3 +129,19 @@ def latent(tmp_path_factory):
     """Tiny latent models: `ldm` unconditional, `cin` class-conditional, `sd` text-to-image."""
     folder = tmp_path_factory.mktemp("latent")
     return SimpleNamespace(**{name: write_model(folder / name, name) for name in CONFIGS})
+
+
+@pytest.fixture
+def fails(tiny, tmp_path):
+    """(*flags, names=parts, model=flags): sampling pixels is refused with a line that names `parts`, and leaves
+    nothing."""
+
+    def check(*flags, names=(), model=None):
+        before = tree(tmp_path)
+        model = tiny.sampling if model is None else model
+        result = call("sample_diffusion_ddim", *model, *flags, "-l", tmp_path / "out")
+        line = refused(result, *names)
+        assert tree(tmp_path) == before
+        return line
+
+    return check

@@ -103,3 +103,10 @@ def pictures(run: Path) -> list[bytes]:
     files = sorted((run / "img").iterdir(), key=lambda file: int(file.stem))
     assert [file.name for file in files] == [f"{i}.png" for i in range(len(files))]
     return [file.read_bytes() for file in files]
+
+
+def shorten(source, path, share):
+    """Write the first part of a file: all but one byte with share 1."""
+    content = source.read_bytes()
+    path.write_bytes(content[: min(int(share * len(content)), len(content) - 1)])
+    return path
