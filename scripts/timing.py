@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-WARM_UP = 2
 SETTLING = 2  # untimed calls before a timed one: the first after another network takes 1.15 times what later ones do
 
 
@@ -28,17 +27,15 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, after a warm-up, taken in turn so that a change of load meets them all.
+    """Median milliseconds of each, taken in turn so that a change of load meets them all.
 
     Before each timed call there are others that are not, as in sampling, where a network follows itself: what the one
     before left in caches, and its threads that still wait for work, are not this one's time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + WARM_UP):
+    for _ in range(repeats):
         for name, run in runs.items():
             for _ in range(SETTLING):
                 run()
-            spent = 1e3 * seconds_of(run, device)
-            if repeat >= WARM_UP:
-                times[name].append(spent)
+            times[name].append(1e3 * seconds_of(run, device))
     return {name: statistics.median(found) for name, found in times.items()}

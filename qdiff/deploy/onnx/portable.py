@@ -66,11 +66,14 @@ class PortableLowering(Lowering):
         kind, codes, zero = self._stored_codes(weight)
         if kind is None:
             return self.builder.constant(order(weight.values()), hint="weight")
-        if kind in (INT4, UINT4):
-            names = self.builder.packed(order(codes), kind, "codes"), self.builder.packed(zero, kind, "zero")
-        else:
-            names = self.builder.constant(order(codes), hint="codes"), self.builder.constant(zero) if zero.any() else ""
-        inputs = [names[0], self.builder.constant(weight.scale), *filter(None, names[1:])]
+
+        def store(values: np.ndarray, hint: str) -> str:
+            narrow = kind in (INT4, UINT4)
+            return self.builder.packed(values, kind, hint) if narrow else self.builder.constant(values, hint=hint)
+
+        inputs = [store(order(codes), "codes"), self.builder.constant(weight.scale)]
+        if zero.any():
+            inputs.append(store(zero, "zero"))
         return self.builder.add("DequantizeLinear", *inputs, axis=int(transposed))
 
     def _stored_codes(self, weight: Codes) -> tuple[int | None, np.ndarray, np.ndarray]:
