@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,8 +37,18 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
 
 
 def describe_device(network: nn.Module) -> str:
-    """The device a network is on, for people: a GPU's name, or the CPU and its threads."""
-    device = next(network.parameters()).device
+    """The device a network is on; see `device_name`."""
+    return device_name(next(network.parameters()).device)
+
+
+def device_name(device: torch.device) -> str:
+    """What decides the speed of a device: a GPU's name, or the processor's and PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{_processor_name()}, {torch.get_num_threads()} threads"
+
+
+def _processor_name() -> str:
+    about = Path("/proc/cpuinfo")  # where platform knows the architecture only
+    found = re.search(r"^model name\s*:\s*(.+)$", about.read_text(), re.MULTILINE) if about.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -37,11 +37,12 @@ from qdiff.commandline import (
     whole,
 )
 from qdiff.devices import choose_device
-from qdiff.evaluation.cache import Cache, default_folder
+from qdiff.evaluation.cache import Cache
 from qdiff.evaluation.distances import FileStatistics, holds_statistics
 from qdiff.evaluation.extractors import INCEPTION, VGG, fetch_weights, found_weights, too_few
 from qdiff.evaluation.images import ARRAYS, Images, RegisteredImages, arrays_in, file_digest, open_images
 from qdiff.evaluation.table import markdown_table
+from qdiff.measured import cache_folder
 
 logger = logging.getLogger(__name__)
 NAMES = (*METRICS, *PAIRED, *PROMPTED)
@@ -190,7 +191,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         folder, sampled = sample_folders(plan.sampling)
         paths, floats, prompts = [folder], floats or sampled, prompts or plan.sampling.prompts
     float_images = None if floats is None else open_images(floats)
-    cache = None if args.no_cache else Cache(args.cache or default_folder())
+    cache = None if args.no_cache else Cache(args.cache or cache_folder())
     judge = Judge(args, plan.device, reference, cache, images_beside(reference))
     comparer = Comparer(args, plan.device)
     rows, left_out, digests = [], {}, {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qdiff.adapters import Adapter
 from qdiff.checkpoints import load_checkpoint
 from qdiff.deploy.convert import integer_network, is_integer, load_integer
+from qdiff.deploy.times import Times, signature, sizes_of
 from qdiff.layers import QuantLayer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ def prepare(
     if prefer == "memory":
         runtime = "onnx" if has_onnx_runtime() else "integer"
         return prepare(network, adapter, runtime, device=device, attention=attention)
-    return FastestAtFirstCall(_candidates(network, adapter, attention), report or logger.info)
+    times = Times(device)
+    key = f"{signature(network)} attention {attention}"
+    return FastestAtFirstCall(_candidates(network, adapter, attention), times, key, report or logger.info)
 
 
 def load(
@@ -218,19 +221,30 @@ class ChosenAtFirstCall(Deferred):
 
 
 class FastestAtFirstCall(ChosenAtFirstCall):
-    """The fastest of some candidates, measured on the first batch; the others are given up."""
+    """The fastest of some candidates by what was measured on the first batch of its sizes that this machine has seen;
+    the others are given up."""
 
-    def __init__(self, candidates: dict[str, nn.Module], report: Report) -> None:
+    def __init__(self, candidates: dict[str, nn.Module], times: Times, network: str, report: Report) -> None:
+        """network: what `times` know the network by."""
         super().__init__(next(iter(candidates.values())).step_table)
-        self._candidates, self._report = candidates, report
+        self._candidates, self._times, self._network, self._report = candidates, times, network, report
 
     def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
-        times = {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
+        def measure() -> dict[str, float]:
+            return {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
+
+        what = f"{' or '.join(self._candidates)} of {self._network} on {sizes_of(arguments)}"
+        times, known = self._times.of(what, measure)
         best = min(times, key=times.get)
-        found = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
-        self._report(f"runtime auto: {found} for {len(arguments[0])} samples; taking {best}")
+        self._report(f"runtime auto: {shown(times, len(arguments[0]), known)}; taking {best}")
         chosen, self._candidates = self._candidates[best], {}
         return chosen
+
+
+def shown(times: dict[str, float], samples: int, known: bool) -> str:
+    """Times in words."""
+    found = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+    return f"{found} for {samples} samples{', measured before' if known else ''}"
 
 
 def weight_bytes(network: nn.Module) -> int | None:

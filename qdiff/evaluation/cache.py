@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,14 +14,6 @@ from qdiff.checkpoints import digest_of, tensor_hash
 from qdiff.files import save_safetensors
 
 logger = logging.getLogger(__name__)
-
-
-def default_folder() -> Path:
-    """$QDIFF_CACHE, or qdiff/ in the user's folder of caches."""
-    own = os.environ.get("QDIFF_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff"
 
 
 def key_of(origin: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ddim.samplers import ddim_step
 from ddim.schedules import beta_schedule, cumulative_alphas
 from qdiff.checkpoints import load_checkpoint
+from qdiff.devices import device_name
 from qdiff.evaluation.curves import error_curves
 from qdiff.evaluation.fidelity import feature_statistics, frechet_distance
 from qdiff.evaluation.similarity import to_uint8
@@ -55,7 +56,8 @@ def test_what_it_writes(compared):
         assert {path.name for path in (out / name).iterdir()} >= {"result.json", "images.safetensors", "run.log"}
         assert not list((out / name).glob("batch_*"))
     table = (out / "results.md").read_text()
-    assert table in result.out and "out/comparison.png, on cpu, 1 threads" in result.out
+    device = device_name(torch.device("cpu"))
+    assert table in result.out and f"out/comparison.png, on {device}" in result.out
     assert len(table.splitlines()) == 2 + 5 and "| 4/8 " in table
     assert (out / "run.log").is_file() and f"| {FD_NAME} |" in table
     assert {"calibration data", "float images", "nearest images", "weight ranges"} <= set(result.bars)

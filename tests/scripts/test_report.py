@@ -6,13 +6,16 @@ import re
 import shutil
 
 import pytest
+import torch
 from comparing import in_this_process
 from running import call, passed, refused, tree
 
 from qdiff.calibrated import write_report
 from qdiff.checkpoints import load_checkpoint
+from qdiff.devices import device_name
 from qdiff.layers import act_quantizers, quant_layers
 
+CPU = torch.device("cpu")
 SHORT = ("--timesteps", 4, "--cali_st", 2, "--cali_n", 2, "--n_samples", 4)
 METHODS = ("--methods", "nearest", "quick:3", "--a_sym", "--split")
 
@@ -53,7 +56,7 @@ def test_a_comparison(compared, tmp_path):
         *("Command and environment", "Results", "Images", "Error growth", "Learning", "Layers", "Recipes")
     ]
     command = f"python {(compared / 'run.log').read_text().partition('command: ')[2].splitlines()[0]}"
-    assert command in text and "cpu, 1 threads" in text
+    assert command in text and device_name(CPU) in text
     rows = [
         json.loads((compared / slug / "result.json").read_text())["row"] for slug in ("nearest_w4a8", "quick-3_w4a8")
     ]
@@ -96,7 +99,7 @@ def test_a_comparison_that_is_not_finished(compared, tmp_path):
 def test_a_calibration(calibrated, tmp_path):
     text, page = text_of(calibrated.folder), (calibrated.folder / "report.html").read_text(encoding="utf8")
     assert sections(calibrated.folder) == ["Command and environment", "Learning", "Layers", "Recipe"]
-    assert "sample_diffusion_ddim.py --config" in text and "device cpu, 1 threads" in text and "seed 1234" in text
+    assert "sample_diffusion_ddim.py --config" in text and f"device {device_name(CPU)}" in text and "seed 1234" in text
     network = load_checkpoint(calibrated.folder / "ckpt.safetensors").network
     assert all(name in text for name in quant_layers(network)) and len(act_quantizers(network)) > 20
     units = (calibrated.folder / "calibration.jsonl").read_text().splitlines()

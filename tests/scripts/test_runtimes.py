@@ -50,6 +50,15 @@ def test_pixel_images_are_those_of_the_simulation(tiny, calibrated, packed, tmp_
         assert "simulate" in line and "onnx" in line and line in log
 
 
+def test_auto_decides_once_on_a_machine(tiny, packed, tmp_path, own_cache):
+    """So that the same command gives the same images, however busy the machine is."""
+    first, second = (
+        passed(call(SAMPLE, *tiny.sampling, *CALIBRATED, packed, "--runtime", "auto", "-l", out)).out for out in "ab"
+    )
+    assert "measured before" not in first and "measured before; taking" in second
+    assert pictures(only_run(tmp_path / "a")) == pictures(only_run(tmp_path / "b"))
+
+
 def test_a_calibration_goes_on_in_its_runtime(tiny, tmp_path):
     """As a run does that loads what it wrote."""
     passed(call(SAMPLE, *tiny.sampling, *tiny.w4a8, *NEAREST, "--runtime", "onnx", "-l", "made"))

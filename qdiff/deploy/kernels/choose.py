@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from qdiff.adapters.base import Adapter
 from qdiff.deploy.kernels.convert import RUNS_FLOAT, RUNS_INTEGER, check_triton, shared_grid, to_kernels
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.deploy.runtime import ChosenAtFirstCall
+from qdiff.deploy.runtime import ChosenAtFirstCall, shown
+from qdiff.deploy.times import Times, signature, sizes_of
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a run
 Shapes = tuple[tuple[int, ...], ...]  # of a module's arguments
@@ -40,30 +42,32 @@ class Choice:
 
 @torch.no_grad()
 def choose(
-    network: nn.Module, adapter: Adapter, arguments: tuple[Tensor, ...], dtype: torch.dtype, timer: Timer
+    network: nn.Module, adapter: Adapter, arguments: tuple[Tensor, ...], dtype: torch.dtype, timer: Timer, times: Times
 ) -> list[Choice]:
-    """Time the layers and attention products of an integer network at the sizes that `arguments` lead to.
+    """The times of the layers and attention products of an integer network at the sizes that `arguments` lead to.
 
-    arguments: what the network is called with. A layer behind a norm that may write codes is timed on codes; all
-    readers of one norm are decided together, since it writes one thing. The network is left as it is.
+    arguments: what the network is called with; times: what is known already, and keeps what is measured now. A layer
+    behind a norm that may write codes is timed on codes; all readers of one norm are decided together, since it writes
+    one thing. The network is left as it is.
     """
     check_triton()
     shapes = _shapes_of(network, arguments)
     coded = _readers_of_codes(network, adapter)
-    measured: dict[tuple, tuple[float, float]] = {}
+    measured: dict[tuple, dict[str, float]] = {}
     groups: dict[tuple, list[str]] = {}
     for names in _together(shapes, coded):
         modules = [network.get_submodule(name) for name in names]
         keys = tuple(_key(m, shapes[name], name in coded) for m, name in zip(modules, names, strict=True))
         for module, key, name in zip(modules, keys, names, strict=True):
             if key not in measured:
-                measured[key] = _times(module, shapes[name], name in coded, dtype, timer, network)
+                measure = partial(_measure, module, shapes[name], name in coded, dtype, timer, network)
+                measured[key], _ = times.of(f"{dtype} {key}", measure)
         groups.setdefault(keys, []).extend(names)
     return [_choice(keys, names, measured) for keys, names in groups.items()]
 
 
-def _choice(keys: tuple, names: list[str], measured: dict[tuple, tuple[float, float]]) -> Choice:
-    integer_ms, float_ms = (sum(measured[key][form] for key in keys) for form in (0, 1))
+def _choice(keys: tuple, names: list[str], measured: dict[tuple, dict[str, float]]) -> Choice:
+    integer_ms, float_ms = (sum(measured[key][form] for key in keys) for form in (RUNS_INTEGER, RUNS_FLOAT))
     return Choice(" + ".join(_words(key) for key in keys), tuple(names), integer_ms, float_ms)
 
 
@@ -95,9 +99,9 @@ def _words(key: tuple) -> str:
     return f"{key[0]} {weights} of {key[1][0][1]} bits on {sizes}"
 
 
-def _times(
+def _measure(
     module: nn.Module, shapes: Shapes, coded: bool, dtype: torch.dtype, timer: Timer, network: nn.Module
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Milliseconds of the kernels and of the plain form."""
     from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, PlainAttention, plain_layer
 
@@ -111,7 +115,7 @@ def _times(
         plain = plain_layer(kernel)
     codes = [(8 * x).to(torch.int8) for x in inputs] if coded else inputs
     with _some_set(module.steps if isinstance(module, IntegerLayer) else module.q.steps, device):
-        return timer(lambda: kernel(*codes)), timer(lambda: plain(*inputs))
+        return {RUNS_INTEGER: timer(lambda: kernel(*codes)), RUNS_FLOAT: timer(lambda: plain(*inputs))}
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -167,6 +171,7 @@ class FastestKernels(ChosenAtFirstCall):
     """An integer network that takes kernels, or plain 16-bit layers where these are faster, when the first batch shows
     its sizes. What has been put together so is then held against the plain 16-bit network, eager and compiled, and the
     fastest of the three runs; `report` hears a line per kind of layer, and one of the whole. The others are given up.
+    What this machine has measured before is not measured again.
     """
 
     def __init__(
@@ -181,22 +186,46 @@ class FastestKernels(ChosenAtFirstCall):
         network, adapter, report, dtype, timer, compiler = self._waiting
         if timer is None:
             from qdiff.deploy.kernels.tuning import on_device as timer
-        found = choose(network, adapter, arguments, dtype, timer)
+        times = Times(network.step_table.lookup.device)
+        found = choose(network, adapter, arguments, dtype, timer, times)
         for choice in found:
             report(f"runtime auto: {choice}")
-        choices = {name: choice.chosen for choice in found for name in choice.names}
-        plain = to_kernels(copy.deepcopy(network), adapter, dtype, dict.fromkeys(choices, RUNS_FLOAT))
-        candidates = {"chosen layers": to_kernels(network, adapter, dtype, choices), "16-bit eager": plain}
-        if compiler is not None:
-            candidates["16-bit compiled"] = compiler(plain)
-        times = {}
-        for name, candidate in candidates.items():
-            try:
-                times[name] = timer(lambda candidate=candidate: candidate(*arguments))
-            except RuntimeError as error:  # of a compiler that is not there
-                report(f"runtime auto: {name}: does not run here: {str(error).splitlines()[0]}")
-        best = min(times, key=times.get)
-        shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-        report(f"runtime auto: {shown} for {len(arguments[0])} samples; taking {best}")
+        candidates = _candidates(network, adapter, dtype, found, compiler)
+        what = f"{' or '.join(candidates)} in {dtype} of {signature(network)} on {sizes_of(arguments)}"
+        measured, known = times.of(what, lambda: _of_networks(candidates, arguments, timer, report))
+        best = min(measured, key=measured.get)
+        report(f"runtime auto: {shown(measured, len(arguments[0]), known)}; taking {best}")
         self._waiting = None
-        return candidates[best]
+        return candidates[best]()
+
+
+def _candidates(
+    network: nn.Module, adapter: Adapter, dtype: torch.dtype, found: list[Choice], compiler: Callable | None
+) -> dict[str, Callable[[], nn.Module]]:
+    """What makes the networks that may run, each once. The given network is left as it is."""
+    choices = {name: choice.chosen for choice in found for name in choice.names}
+
+    def made(forms: dict[str, str]) -> nn.Module:
+        return to_kernels(copy.deepcopy(network), adapter, dtype, forms)
+
+    plain = cache(lambda: made(dict.fromkeys(choices, RUNS_FLOAT)))
+    candidates = {"chosen layers": cache(lambda: made(choices)), "16-bit eager": plain}
+    if compiler is not None:
+        candidates["16-bit compiled"] = cache(lambda: compiler(plain()))
+    return candidates
+
+
+def _of_networks(
+    candidates: dict[str, Callable[[], nn.Module]],
+    arguments: tuple[Tensor, ...],
+    timer: Timer,
+    report: Callable[[str], None],
+) -> dict[str, float]:
+    times = {}
+    for name, make in candidates.items():
+        network = make()
+        try:
+            times[name] = timer(lambda network=network: network(*arguments))
+        except RuntimeError as error:  # of a compiler that is not there
+            report(f"runtime auto: {name}: does not run here: {str(error).splitlines()[0]}")
+    return times

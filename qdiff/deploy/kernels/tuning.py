@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from qdiff.files import write_text
+from qdiff.measured import Measured, cache_folder, hash_of_sources
 
 LOGGER = logging.getLogger(__name__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,6 +37,11 @@ class Config:
     warps: int = 4
     stages: int = 3
 
+    @classmethod
+    def of(cls, **values: float) -> Config:
+        """From a file's entries. Raises TypeError or ValueError for others."""
+        return cls(**{name: int(value) for name, value in values.items()})
+
     @property
     def options(self) -> dict[str, int]:
         """What Triton's launcher takes by name."""
@@ -50,9 +53,9 @@ class Tuner:
 
     def __init__(self, path: Path, device: str, timer: Timer | None) -> None:
         """path: the file; device: part of every key; timer: None takes every first candidate unmeasured."""
-        self.path, self.device, self.timer = path, device, timer
+        self.device, self.timer = device, timer
         self._version = f"triton {triton.__version__}, kernels {_kernels_version()}"
-        self._known = self._read()
+        self._measured = Measured(path, Config.of)
 
     def choose(self, kernel: str, shape: Sequence[object], candidates: Sequence[Config], launch: Callable) -> Config:
         """The fastest candidate for launch(config), from memory or measured now.
@@ -61,13 +64,12 @@ class Tuner:
         memory than there is are passed over. Raises the last one's error where none runs.
         """
         key = " | ".join([self.device, self._version, kernel, " ".join(map(str, shape))])
-        if key in self._known:
-            return self._known[key]
+        known = self._measured.get(key)
+        if known is not None:
+            return known
         if self.timer is None:
             return candidates[0]
-        self._known[key] = self._fastest(candidates, launch)
-        self._write()
-        return self._known[key]
+        return self._measured.add(key, self._fastest(candidates, launch))
 
     def _fastest(self, candidates: Sequence[Config], launch: Callable) -> Config:
         times: dict[Config, float] = {}
@@ -81,30 +83,6 @@ class Tuner:
         if not times:
             raise failure
         return min(times, key=times.get)
-
-    def _read(self) -> dict[str, Config]:
-        try:
-            entries = json.loads(self.path.read_text(encoding="utf8"))
-            return {key: Config(**{name: int(n) for name, n in entry.items()}) for key, entry in entries.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            LOGGER.warning("%s: not a readable cache of kernel configurations, measured anew: %s", self.path, error)
-            return {}
-
-    def _write(self) -> None:
-        """Add what another process has found meanwhile, and write; a folder that cannot be written costs time only."""
-        self._known = self._read() | self._known
-        entries = {key: asdict(config) for key, config in sorted(self._known.items())}
-        try:
-            write_text(self.path, json.dumps(entries, indent=1))
-        except OSError as error:
-            LOGGER.warning("kernel configurations are not kept: %s", error)
-
-
-def cache_folder() -> Path:
-    """Where measured choices are kept: $QDIFF_CACHE, or ~/.cache/qdiff."""
-    return Path(os.environ.get("QDIFF_CACHE") or Path.home() / ".cache" / "qdiff")
 
 
 def on_device(run: Callable[[], object]) -> float:
@@ -143,5 +121,4 @@ def bucket(count: int) -> int:
 
 @cache
 def _kernels_version() -> str:
-    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in KERNEL_FILES)
-    return hashlib.sha256(sources).hexdigest()[:12]
+    return hash_of_sources(Path(__file__).parent / name for name in KERNEL_FILES)

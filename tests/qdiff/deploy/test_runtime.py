@@ -53,7 +53,7 @@ def test_simulation_is_what_was_calibrated(saved, adapter, batch):
     assert has(prepare(network, adapter, "integer"), IntegerLayer)
 
 
-def test_auto_takes_the_fastest_and_says_what_it_measured(saved, monkeypatch, batch, adapter):
+def test_auto_takes_the_fastest_and_says_what_it_measured(saved, monkeypatch, batch, adapter, own_cache):
     said, calls = [], []
     times = iter([30.0, 10.0])
 
@@ -65,11 +65,24 @@ def test_auto_takes_the_fastest_and_says_what_it_measured(saved, monkeypatch, ba
     network = prepare(saved[0], adapter, "auto", report=said.append)
     assert isinstance(network, FastestAtFirstCall) and not said
     out = network(*batch)
-    assert said == ["runtime auto: simulate 30.0 ms, onnx 10.0 ms for 2 samples; taking onnx"]
+    assert said == ["runtime auto: simulate 30.00 ms, onnx 10.00 ms for 2 samples; taking onnx"]
     assert torch.equal(out, calls[1]) and torch.equal(network(*batch), out) and len(said) == 1
 
 
-def test_auto_without_the_extra(saved, monkeypatch, adapter, batch):
+def test_auto_decides_once_on_a_machine(saved, monkeypatch, batch, adapter, own_cache):
+    """A measurement that would come out otherwise a minute later changes no images."""
+    said, times = [], iter([10.0, 10.5, 9.0, 8.0])
+    monkeypatch.setattr(runtime, "median_ms", lambda run: next(times))
+    for _ in range(2):
+        assert torch.equal(prepare(saved[0], adapter, "auto", report=said.append)(*batch), saved[0](*batch))
+    line = "runtime auto: simulate 10.00 ms, onnx 10.50 ms for 2 samples"
+    assert said == [f"{line}; taking simulate", f"{line}, measured before; taking simulate"]
+    fewer = tuple(x[:1] for x in batch)
+    prepare(saved[0], adapter, "auto", report=said.append)(*fewer)
+    assert said[-1] == "runtime auto: simulate 9.00 ms, onnx 8.00 ms for 1 samples; taking onnx"
+
+
+def test_auto_without_the_extra(saved, monkeypatch, adapter, batch, own_cache):
     monkeypatch.setattr(runtime, "has_onnx_runtime", lambda: False)
     network = prepare(saved[0], adapter, "auto")
     assert torch.equal(network(*batch), saved[0](*batch))

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from qdiff.evaluation.cache import Cache, default_folder, key_of
+from qdiff.evaluation.cache import Cache, key_of
 
 TENSORS = {"mu": torch.arange(4.0, dtype=torch.float32), "sigma": torch.eye(4, dtype=torch.float64)}
 
@@ -52,11 +52,3 @@ def test_keys_depend_on_everything():
     one = {"images": "a", "layer": "2048"}
     assert key_of(one) == key_of(dict(reversed(one.items())))
     assert len({key_of(one), key_of(one | {"layer": "spatial"}), key_of(one | {"images": "b"})}) == 3
-
-
-def test_the_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("QDIFF_CACHE", str(tmp_path / "own"))
-    assert default_folder() == tmp_path / "own"
-    monkeypatch.delenv("QDIFF_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_folder() == tmp_path / "xdg" / "qdiff"

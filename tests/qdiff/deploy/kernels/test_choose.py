@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.kernels import choose as choosing
-from qdiff.deploy.kernels.choose import FastestKernels, choose
+from qdiff.deploy.kernels.choose import FastestKernels
 from qdiff.deploy.kernels.convert import to_kernels
 from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, KernelNorm
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
@@ -17,6 +17,19 @@ from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
 
 STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=STAGES)
+
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def choose(*arguments):
+    """With nothing known before."""
+    return choosing.choose(*arguments, NothingKnown())
+
+
+class NothingKnown:
+    def of(self, what, measure):
+        return measure(), False
 
 
 @pytest.fixture
@@ -77,6 +90,18 @@ def test_the_choice_is_made_at_the_first_call_and_reported(integer, adapter, bat
     assert lines[-1] == "runtime auto: chosen layers 2.00 ms, 16-bit eager 1.00 ms for 2 samples; taking 16-bit eager"
     made = len(lines)
     assert torch.equal(network(*batch), first) and len(lines) == made
+
+
+def test_what_was_measured_before_is_not_measured_again(integer, adapter, batch):
+    said = [], []
+    timers = alternating(2.0, 1.0), lambda run: pytest.fail("measured again")
+    outs = [
+        FastestKernels(integer, adapter, lines.append, torch.float32, timer, None)(*batch)
+        for lines, timer in zip(said, timers, strict=True)
+    ]
+    assert torch.equal(*outs)
+    assert said[1][:-1] == said[0][:-1]
+    assert said[1][-1] == said[0][-1].replace("for 2 samples", "for 2 samples, measured before")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from qdiff.deploy.kernels.tuning import Config, Tuner, bucket, cache_folder, fitting
+from qdiff.deploy.kernels.tuning import Config, Tuner, bucket, fitting
 
 SLOW, FAST, HUGE = Config(16, 16, 32), Config(64, 64, 64), Config(512, 512, 512)
 TIMES = {SLOW: 2.0, FAST: 1.0}
@@ -76,20 +76,6 @@ def test_a_damaged_file_is_ignored_with_a_warning(content, timed, tmp_path, capl
         assert str(path) in caplog.text
         assert tuner.choose("product", (1,), (SLOW, FAST), timed[1]) == FAST
     assert len(json.loads(path.read_text())) == 1
-
-
-def test_a_folder_that_cannot_be_written_costs_a_warning(timed, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    tuner = Tuner(tmp_path / "file" / "kernels.json", "a chip", timed[0])
-    assert tuner.choose("product", (1,), (SLOW, FAST), timed[1]) == FAST
-    assert "not kept" in caplog.text
-
-
-def test_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("QDIFF_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("QDIFF_CACHE")
-    assert cache_folder().parts[-2:] == (".cache", "qdiff")
 
 
 def test_sizes_that_share_a_choice():

@@ -1,0 +1,55 @@
+"""Times of alternatives, measured once on a machine, so that `--runtime auto` decides alike in every run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.devices import device_name
+from qdiff.measured import Measured, cache_folder, hash_of_sources, milliseconds
+
+DECISIVE = (
+    "spec",
+    "weight_spec",
+    "act_spec",
+    "policy",
+)  # of modules: what makes networks of equal sizes differ in speed
+
+
+class Times:
+    """Milliseconds by name, in runtimes.json of the cache folder, under what was timed, the device and the versions."""
+
+    def __init__(self, device: torch.device) -> None:
+        versions = f"torch {torch.__version__}, qdiff {_sources_version()}"
+        self._machine = f"{device_name(device)} | {versions}"
+        self._measured = Measured(cache_folder() / "runtimes.json", milliseconds)
+
+    def of(self, what: str, measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
+        """(times of the alternatives for `what`, whether they were known before)"""
+        key = f"{self._machine} | {what}"
+        known = self._measured.get(key)
+        if known is not None:
+            return known, True
+        return self._measured.add(key, measure()), False
+
+
+def sizes_of(arguments: tuple[Tensor, ...]) -> str:
+    """The shapes of a call's arguments, in words."""
+    return " ".join("x".join(map(str, x.shape)) for x in arguments)
+
+
+def signature(network: nn.Module) -> str:
+    """A hash of what a network's speed depends on: sizes and types of its tensors, the grids of its layers."""
+    tensors = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in network.state_dict().items()]
+    grids = [f"{name} {key} {getattr(m, key, None)}" for name, m in network.named_modules() for key in DECISIVE]
+    return hashlib.sha256("\n".join([type(network).__name__, *tensors, *grids]).encode()).hexdigest()[:12]
+
+
+@cache
+def _sources_version() -> str:
+    return hash_of_sources(sorted(Path(__file__).parents[1].rglob("*.py")))

@@ -1,0 +1,22 @@
+"""Nothing that tests measure is kept in, or taken from, the user's cache."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config):
+    config.cache_of_tests = os.environ["QDIFF_CACHE"] = tempfile.mkdtemp(prefix="qdiff-tests-")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.cache_of_tests, ignore_errors=True)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A cache folder of the test's own, where nothing has been measured."""
+    monkeypatch.setenv("QDIFF_CACHE", str(tmp_path / "own-cache"))
+    return tmp_path / "own-cache"
