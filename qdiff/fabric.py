@@ -45,9 +45,10 @@ def start_team(args: argparse.Namespace, device: torch.device) -> Team:
         return Team()
     if device.index is not None:
         raise ValueError(f"--device {device}: names one device, {asked} ask for {size}")
-    from lightning_fabric import Fabric  # takes seconds to import
-    from lightning_fabric.plugins.environments import LightningEnvironment
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    with without_torchmetrics():  # still takes a second to import
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     for name in ("lightning_fabric", "pytorch_lightning"):  # they announce what the user has asked for
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -63,6 +64,23 @@ def start_team(args: argparse.Namespace, device: torch.device) -> Team:
     if fabric.world_size != size:
         raise ValueError(f"{asked}: expected {size} processes, the launcher has started {fabric.world_size}")
     return FabricTeam(fabric)
+
+
+@contextmanager
+def without_torchmetrics() -> Iterator[None]:
+    """Within the block torchmetrics is not there, unless it is loaded already.
+
+    Lightning Fabric imports it for its version number alone (what needs it, spike detection, is not used here), and it
+    imports torchvision and transformers: two thirds of the time that each process of a team takes to start.
+    """
+    if "torchmetrics" in sys.modules:
+        yield
+        return
+    sys.modules["torchmetrics"] = None
+    try:
+        yield
+    finally:
+        del sys.modules["torchmetrics"]
 
 
 class FabricTeam(Team):

@@ -116,7 +116,10 @@ def check_tensorboard() -> None:
 def event_logger(folder: Path):
     """Lightning's logger for TensorBoard, into the folder's tensorboard/. Raises what `check_tensorboard` raises."""
     check_tensorboard()
-    from lightning_fabric.loggers import TensorBoardLogger
+    from qdiff.fabric import without_torchmetrics
+
+    with without_torchmetrics():
+        from lightning_fabric.loggers import TensorBoardLogger
 
     return TensorBoardLogger(folder, name="tensorboard", version="")
 

@@ -1,16 +1,18 @@
 """Two processes on a CPU: what they tell one another, calibrations that they share, and one that fails."""
 
 import argparse
+import importlib
 import os
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from qdiff.fabric import start_team
+from qdiff.fabric import start_team, without_torchmetrics
 from qdiff.parallel import Team
 
 WORKER = Path(__file__).with_name("team_worker.py")
@@ -156,3 +158,15 @@ def test_flags_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--devices 1 --num_nodes 1: expected 2 processes in all"):
         start_team(flags(), CPU)
+
+
+def test_torchmetrics_is_out_of_sight_only_while_fabric_is_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torchmetrics", raising=False)
+    with without_torchmetrics(), pytest.raises(ImportError):
+        importlib.import_module("torchmetrics")
+    assert "torchmetrics" not in sys.modules
+    loaded = types.ModuleType("torchmetrics")
+    monkeypatch.setitem(sys.modules, "torchmetrics", loaded)
+    with without_torchmetrics():
+        assert sys.modules["torchmetrics"] is loaded
+    assert sys.modules["torchmetrics"] is loaded
