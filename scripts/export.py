@@ -164,7 +164,7 @@ def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: Name
 
 
 def _write_portable(network: nn.Module, source: Source, args: argparse.Namespace, path: Path, sizes: tuple) -> None:
-    from qdiff.deploy.onnx.export import make_model, weights_with_zero_points, write_model
+    from qdiff.deploy.onnx.export import make_model, write_model
 
     table = source.network.step_table
     for number in range(table.count):
@@ -175,11 +175,25 @@ def _write_portable(network: nn.Module, source: Source, args: argparse.Namespace
             print(f"{one.name}: timesteps {timesteps[0]} to {timesteps[-1]}" if timesteps else f"{one.name}: unused")
         graph = make_model(network, source.adapter, *sizes, ONNX_DIALECTS[args.format], chosen)
         write_model(graph, one)
+    if args.format == "onnx-portable":
+        _tell_what_engines_take(graph)
+
+
+def _tell_what_engines_take(graph: Any) -> None:
+    """graph: an `onnx.ModelProto`, of a package that other formats do without."""
+    from qdiff.deploy.onnx.export import unfit_for_tensorrt, weights_with_zero_points
+
     found, weights = weights_with_zero_points(graph)
-    if found and args.format == "onnx-portable":
+    if found:
         print(
             f"{found} of {weights} weights have zero points, and engines may multiply them as floats; weights of at "
             "most 7 bits or on symmetric grids (--set weights.kind=signed when calibrating) have none"
+        )
+    found, quantizers = unfit_for_tensorrt(graph)
+    if found:
+        print(
+            f"{found} of {quantizers} quantizers are not for TensorRT, which has int8 codes without zero points alone; "
+            "calibrated with --a_sym --set weights.kind=signed and exported with --attention float all are"
         )
 
 

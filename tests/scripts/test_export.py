@@ -1,6 +1,7 @@
 """export.py: what it writes is what it read, in the format that was asked for, or nothing."""
 
 import json
+import re
 
 import numpy as np
 import onnxruntime
@@ -89,13 +90,21 @@ def test_the_original_format_from_packed(tiny, calibrated, packed, tmp_path):
 
 @pytest.mark.parametrize("kind", ["onnx", "onnx-portable", "onnx-portable-4bit"])
 def test_onnx(packed, tmp_path, kind):
-    assert "zero points" not in export(packed, kind, "out")
+    out = export(packed, kind, "out")
+    assert "weights have zero points" not in out and ("TensorRT" in out) == (kind == "onnx-portable")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "ckpt.onnx")
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     (found,) = session.run(None, {"x": x.numpy(), "t": t.numpy()})
     expected = load(packed, "integer")(x, t).numpy()
     assert np.linalg.norm(found - expected) < 0.2 * np.linalg.norm(expected)  # ties, see test_runtimes
     assert list(tree(tmp_path)) == ["out", "out/ckpt.onnx"]
+
+
+def test_attention_in_floats_is_for_tensorrt(packed):
+    """Softmax outputs are all that symmetric activations leave unsigned."""
+    remark = r"4 of \d+ quantizers are not for TensorRT.*--a_sym --set weights.kind=signed.*--attention float"
+    assert re.search(remark, export(packed, "onnx-portable", "one.onnx"))
+    assert "TensorRT" not in export(packed, "onnx-portable", "other.onnx", "--attention", "float")
 
 
 def test_onnx_of_a_latent_model(latent, text, tmp_path):

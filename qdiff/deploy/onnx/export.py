@@ -100,6 +100,19 @@ def weights_with_zero_points(model: onnx.ModelProto) -> tuple[int, int]:
     return sum(len(node.input) > 2 for node in codes), len(codes)
 
 
+def unfit_for_tensorrt(model: onnx.ModelProto) -> tuple[int, int]:
+    """Of a portable graph's quantizers, those of weights included: how many TensorRT does not take, since it has int8
+    codes with zero point 0 alone, and how many there are."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in constants):
+            typed = constants[node.input[2] if len(node.input) > 2 else node.input[0]]
+            zero = len(node.input) > 2 and any(typed.raw_data)
+            found.append(typed.data_type != onnx.TensorProto.INT8 or zero)
+    return sum(found), len(found)
+
+
 def constant_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the model's constants."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
