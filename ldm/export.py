@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.network import DDPMUNet
-from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.models.diffusion.models import DDPM, LatentDiffusion
 
 PIXEL_TARGET = f"{DDPMUNet.__module__}.{DDPMUNet.__name__}"
 # What ldm.schedules calls a schedule, and what ddim.schedules does.

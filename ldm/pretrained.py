@@ -21,11 +21,16 @@ from ldm.checkpoints import load_into, open_checkpoint
 from ldm.util import instantiate_from_config
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.models import LatentDiffusion
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 logger = logging.getLogger(__name__)
 
+# Where the models of configurations are that do not import Lightning, which has no part in sampling.
+WITHOUT_LIGHTNING = {
+    "ldm.models.diffusion.ddpm.": "ldm.models.diffusion.models.",
+    "ldm.models.autoencoder.": "ldm.models.first_stages.",
+}
 CHECKPOINT_NAMES = ("model.ckpt", "model.safetensors", "checkpoints/last.ckpt")
 
 # What files hold and the configuration gives: the schedule, and what is derived from it.
@@ -136,7 +141,7 @@ def load_model(
 
 def _for_sampling(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
     """The model section without what only training needs, and with the text encoder's folder found."""
-    model = OmegaConf.to_container(config.model, resolve=True)
+    model = without_lightning(config.model)
     params = model["params"]
     params["use_ema"] = False  # no second copy of the U-Net: moving averages go where the weights go
     parts = [params.get(part) for part in ("first_stage_config", "cond_stage_config", "unet_config")]
@@ -147,6 +152,21 @@ def _for_sampling(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
         if isinstance(section.get("version"), str):
             section["version"] = _find_folder(section["version"], checkpoint, config)
     return model
+
+
+def without_lightning(section: DictConfig) -> dict[str, Any]:
+    """A configuration's section {target, params}, naming the same models, inner ones too, in plain PyTorch."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        found = {key: plain(inner) for key, inner in value.items()}
+        for published, ours in WITHOUT_LIGHTNING.items():
+            if str(found.get("target")).startswith(published):
+                found["target"] = ours + found["target"].removeprefix(published)
+        return found
+
+    return plain(OmegaConf.to_container(section, resolve=True))
 
 
 def _find_folder(version: str, checkpoint: Path, config: DictConfig) -> str:

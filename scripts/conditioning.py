@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.pipeline import Conditioning
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and scripts without a latent model have no use for it
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.models import LatentDiffusion
 
 Entry = str | int  # what an image is asked for: a prompt or a label
 UNCONDITIONAL = "__is_unconditional__"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ddim.pretrained import sha256
 from ddim.samplers import to_images
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.models import LatentDiffusion
 from ldm.pipeline import Pipeline
 from ldm.pretrained import build_network, load_model
 from ldm.samplers import sampler_timesteps

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from latent_model import ADAPTER
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pretrained import find_checkpoint, find_config, load_config, load_model
+from ldm.models.diffusion.models import LatentDiffusion
+from ldm.pretrained import find_checkpoint, find_config, load_config, load_model, without_lightning
 from ldm.util import instantiate_from_config
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
@@ -48,7 +48,7 @@ def write_random_checkpoint(config_path: Path, path: Path, seed: int) -> None:
     """A checkpoint of a configuration's sizes with float16 noise for weights."""
     config = load_config(config_path)
     with torch.device("meta"):
-        model: LatentDiffusion = instantiate_from_config(config.model)
+        model: LatentDiffusion = instantiate_from_config(without_lightning(config.model))
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in model.state_dict().items():

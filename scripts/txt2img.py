@@ -20,7 +20,6 @@ from conditioning import check_prompt, is_conditional, number_of_classes, read_p
 from latent_config import read_config
 from latent_model import LatentPlan, execute, latent_size, make_pipeline
 from omegaconf import DictConfig
-from torchvision.utils import make_grid
 
 from ddim.images import load_png, save_png
 from ldm.pretrained import find_checkpoint
@@ -166,6 +165,8 @@ class Grids:
 
     def write(self, folder: Path) -> None:
         """Write them from the images' files."""
+        from torchvision.utils import make_grid  # takes seconds, which --help and --skip_grid can do without
+
         images = self.plan.paths(folder)
         size = self.columns * GRID_ROWS
         for k, path in enumerate(self.paths(folder)):

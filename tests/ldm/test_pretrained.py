@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.models import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.pretrained import build_network, find_checkpoint, find_config, load_config, load_model
 from ldm.util import instantiate_from_config
