@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from qdiff.adapters import adapter_for
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.layers import quant_layers
+
+sys.path.append(str(Path(__file__).parent))  # of published_file
 
 # The same examples on every run, and nothing written to the working tree.
 settings.register_profile("qdiff", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -236,6 +239,18 @@ def case(case_folder):
 @pytest.fixture(scope="session")
 def case_state(case_folder):
     return load_file(case_folder / "fp.safetensors")
+
+
+@pytest.fixture
+def case_network(case, case_state):
+    network = DDPMUNet(**case["config"]).eval()
+    network.load_state_dict(case_state)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture
+def golden(case_folder):
+    return case_folder / "qdiff_wa.pth"
 
 
 @pytest.fixture(scope="session")

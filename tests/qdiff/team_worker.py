@@ -117,6 +117,7 @@ def main(argv):
     with start_team(args, torch.device("cpu")) as team:
         if args.folder is not None:
             torch.save(work(team, args.folder), args.folder / f"{team.rank}.pt")
+            team.wait()  # the failure ends the other process, which is not to be writing then
             if team.rank == 1:
                 raise ValueError("--nothing: as it should be")
         elif team.rank == 1:
