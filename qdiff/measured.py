@@ -53,7 +53,7 @@ class Measured(Generic[Answer]):
                 write_text(self.path, json.dumps(dict(sorted(self._known.items())), indent=1, default=asdict))
         except OSError as error:
             self._known.setdefault(key, answer)
-            logger.warning("%s: cannot be written, so what was measured is not kept: %s", self.path, error.strerror)
+            logger.warning("%s: cannot be written, so what was measured is not kept: %s", self.path, error)
         return self._known[key]
 
     def _read(self) -> dict[str, Answer]:

@@ -61,9 +61,9 @@ def prepare(
     if prefer == "memory":
         runtime = "onnx" if has_onnx_runtime() else "integer"
         return prepare(network, adapter, runtime, device=device, attention=attention)
-    times = Times(device)
-    key = f"{signature(network)} attention {attention}"
-    return FastestAtFirstCall(_candidates(network, adapter, attention), times, key, report or logger.info)
+    known_by = f"{signature(network)} attention {attention} onnxruntime {_onnx_runtime_version()}"
+    candidates = _candidates(network, adapter, attention)
+    return FastestAtFirstCall(candidates, Times(device), known_by, report or logger.info)
 
 
 def load(
@@ -110,6 +110,14 @@ def check_runtime(runtime: str, device: torch.device, prefer: str = "speed") -> 
 def has_onnx_runtime() -> bool:
     """Whether the packages of the extra [onnx] are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
+
+
+def _onnx_runtime_version() -> str | None:
+    if not has_onnx_runtime():
+        return None
+    import onnxruntime
+
+    return onnxruntime.__version__
 
 
 def _has_integers(network: nn.Module) -> bool:

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from qdiff.devices import device_name
 from qdiff.measured import Measured, cache_folder, hash_of_sources, milliseconds
 
-DECISIVE = (
-    "spec",
-    "weight_spec",
-    "act_spec",
-    "policy",
-)  # of modules: what makes networks of equal sizes differ in speed
+DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of modules that decide how fast they are
 
 
 class Times:
