@@ -3,10 +3,25 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+
+def scheduled(optimizer: torch.optim.Optimizer, config: Mapping[str, Any] | None) -> Any:
+    """What Lightning's `configure_optimizers` returns: the optimizer, with the factor that a configuration describes on
+    its rate at each step, or without one."""
+    if config is None:
+        return optimizer
+    factor = instantiate_from_config(config).schedule
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
+    return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class LambdaWarmUpCosineScheduler:

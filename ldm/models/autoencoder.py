@@ -11,11 +11,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.lr_scheduler import scheduled
 from ldm.models import first_stages
 from ldm.models.first_stages import IdentityFirstStage
 from ldm.modules.losses import training_loss
 from ldm.seeds import generator
-from ldm.util import instantiate_from_config
 
 __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface", "psnr"]
 ADAM_BETAS = (0.5, 0.9)
@@ -56,11 +56,7 @@ class Training(pl.LightningModule):
             raise ValueError(f"{type(self).__name__}: training does not support {', '.join(self.not_trainable)}")
         rate = self.learning_rate * self.lr_g_factor
         optimizer = torch.optim.Adam(self.parameters(), lr=rate, betas=ADAM_BETAS)
-        if self.scheduler_config is None:
-            return optimizer
-        factor = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return scheduled(optimizer, self.scheduler_config)
 
     def _loss(self) -> nn.Module:
         # Made when training asks for it, so that a configuration with an unsupported loss still serves inference.

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
+from ldm.lr_scheduler import scheduled
 from ldm.models.diffusion import models
 from ldm.models.diffusion.models import DiffusionWrapper
 from ldm.seeds import generator
@@ -53,6 +55,11 @@ class DDPM(models.DDPM, pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.model_ema is not None:
             self.model_ema(self.model)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW at `learning_rate`, with a factor on it at each step if there is a `scheduler_config`."""
+        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        return scheduled(optimizer, self.scheduler_config)
 
 
 class LatentDiffusion(models.LatentDiffusion, DDPM):

@@ -78,8 +78,8 @@ class DDPM(nn.Module):
     """ε(x_t, t) of images, trained on |ε - ε(x_t, t)| with x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε and t uniform.
 
     A batch is a dictionary; `first_stage_key` names its images [N, H, W, C] in [-1, 1]. `learning_rate` is an attribute
-    that a training script sets. Raises ValueError naming an argument that asks for
-    another kind of prediction, TypeError for an unknown one.
+    that a training script sets. Raises ValueError naming an argument that asks for another kind of prediction,
+    TypeError for an unknown one.
     """
 
     def __init__(
@@ -218,14 +218,6 @@ class DDPM(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
         return list(self.model.parameters())
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        if self.scheduler_config is None:
-            return optimizer
-        factor = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class LatentDiffusion(DDPM):
