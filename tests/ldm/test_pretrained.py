@@ -54,6 +54,8 @@ def lightning(tmp_path):
 def test_bundled_models_load(name, states):
     model = load_model(*bundled(name))
     assert isinstance(model, LatentDiffusion) and not any(module.training for module in model.modules())
+    modules = {type(part).__module__ for part in (model, model.first_stage_model)}  # of which none imports Lightning
+    assert modules == {"ldm.models.diffusion.models", "ldm.models.first_stages"}
     loaded = model.state_dict()
     assert set(states[name]) == set(loaded) - {"scale_factor"}
     assert all(torch.equal(loaded[key], value.float()) for key, value in states[name].items())
