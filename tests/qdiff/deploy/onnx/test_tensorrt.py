@@ -56,3 +56,12 @@ def test_what_does_not_fit_is_counted(graph):
     assert unfit_for_tensorrt(affine)[0] == activations
     weights = graph(replace(SYMMETRIC, weights=QuantSpec(8, axis="out_channel")), "float")
     assert 0 < unfit_for_tensorrt(weights)[0] <= unfit_for_tensorrt(weights)[1] - activations
+
+
+def test_a_zero_point_does_not_fit_in_signed_codes_either(graph):
+    model = graph(SYMMETRIC, "float")
+    name = next(node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear")
+    (zero,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    readers = sum(node.op_type == "QuantizeLinear" and node.input[2] == name for node in model.graph.node)
+    zero.raw_data = b"\x01"
+    assert unfit_for_tensorrt(model)[0] == readers
