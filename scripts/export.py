@@ -54,6 +54,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--out", type=Path, required=True, metavar="PATH", help="file to write, or a folder for it")
     policies = "how attention runs in integers, recorded in the file (default: as it is, else integer)"
     group.add_argument("--attention", choices=ATTENTION_POLICIES, help=policies)
+    weights = (
+        "weights of ONNX files: uint8 is exact on every CPU, int8 faster on CPUs with VNNI, inexact on other x86 CPUs, "
+        "and what TensorRT takes (default: uint8)"
+    )
+    group.add_argument("--weight_type", choices=("uint8", "int8"), help=weights)
     add_named_model_flags(parser, random=False)
     group = parser.add_argument_group("sizes of latent models, for ONNX")
     group.add_argument("--H", type=whole(1), help="height in pixels (default: the configuration's)")
@@ -116,6 +121,8 @@ def check_args(args: argparse.Namespace, model: NamedModel | None) -> None:
     needs_onnx = args.format in ONNX_DIALECTS
     if needs_onnx and not has_onnx_runtime():
         raise ValueError(f"--format {args.format}: needs ONNX, found none: pip install '.[onnx]'")
+    if not needs_onnx and args.weight_type is not None:
+        raise ValueError(f"--weight_type: is for ONNX files, found --format {args.format}")
     if args.format == "qdiffusion" and args.attention is not None:
         raise ValueError("--attention: Q-Diffusion's format does not hold it")
     if args.format == "qdiffusion" and args.cali_ckpt.suffix != ".safetensors":
@@ -148,8 +155,6 @@ def write_published(source: Source, args: argparse.Namespace, path: Path, model:
 
 def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: NamedModel | None) -> None:
     """One file, or in the portable dialects one per parameter set where there are several."""
-    from qdiff.deploy.onnx.export import export_onnx
-
     sizes = input_sizes(source, args, model)
     network = source.network
     policy = args.attention or source.provenance.get("attention", ATTENTION_POLICIES[0])
@@ -158,14 +163,8 @@ def write_onnx(source: Source, args: argparse.Namespace, path: Path, model: Name
 
         network = integer_network(network, policy)
     if args.format == "onnx":
-        export_onnx(network, source.adapter, path, *sizes)
-    else:
-        _write_portable(network, source, args, path, sizes)
-
-
-def _write_portable(network: nn.Module, source: Source, args: argparse.Namespace, path: Path, sizes: tuple) -> None:
-    from qdiff.deploy.onnx.export import make_model, write_model
-
+        _write_graph(network, source, args, path, sizes)
+        return
     table = source.network.step_table
     for number in range(table.count):
         one, chosen = path, None
@@ -173,27 +172,61 @@ def _write_portable(network: nn.Module, source: Source, args: argparse.Namespace
             one, chosen = path.with_stem(f"{path.stem}_set{number:02d}"), number
             timesteps = (table.lookup == number).nonzero().flatten().tolist()
             print(f"{one.name}: timesteps {timesteps[0]} to {timesteps[-1]}" if timesteps else f"{one.name}: unused")
-        graph = make_model(network, source.adapter, *sizes, ONNX_DIALECTS[args.format], chosen)
-        write_model(graph, one)
-    if args.format == "onnx-portable":
+        _write_graph(network, source, args, one, sizes, chosen, tell=number == table.count - 1)
+
+
+def _write_graph(
+    network: nn.Module,
+    source: Source,
+    args: argparse.Namespace,
+    path: Path,
+    sizes: tuple,
+    parameter_set: int | None = None,
+    tell: bool = True,
+) -> None:
+    from qdiff.deploy.onnx.export import make_model, write_model
+    from qdiff.deploy.onnx.weight_types import with_uint8_weights
+
+    graph = make_model(network, source.adapter, *sizes, ONNX_DIALECTS[args.format], parameter_set)
+    if args.weight_type != "int8":
+        with_uint8_weights(graph)
+    write_model(graph, path)
+    if tell:
+        _tell_where_it_is_exact(graph)
+    if tell and args.format == "onnx-portable":
         _tell_what_engines_take(graph)
 
 
-def _tell_what_engines_take(graph: Any) -> None:
+def _tell_where_it_is_exact(graph: Any) -> None:
     """graph: an `onnx.ModelProto`, of a package that other formats do without."""
+    from qdiff.deploy.onnx.weight_types import may_saturate, uint8_weights
+
+    if may_saturate(graph):
+        print(
+            "int8 weights: x86 CPUs without VNNI cut off sums of their products, so engines that multiply codes there "
+            "give other numbers; --weight_type uint8 is exact on every CPU"
+        )
+    elif count := uint8_weights(graph):
+        print(f"{count} weights are uint8: exact on every CPU; --weight_type int8 is faster where the CPU has VNNI")
+    else:
+        print("exact on every CPU: all weights have at most 7 bits")
+
+
+def _tell_what_engines_take(graph: Any) -> None:
     from qdiff.deploy.onnx.export import unfit_for_tensorrt, weights_with_zero_points
 
     found, weights = weights_with_zero_points(graph)
     if found:
         print(
             f"{found} of {weights} weights have zero points, and engines may multiply them as floats; weights of at "
-            "most 7 bits or on symmetric grids (--set weights.kind=signed when calibrating) have none"
+            "most 7 bits have none, nor have int8 ones on symmetric grids (--set weights.kind=signed when calibrating)"
         )
     found, quantizers = unfit_for_tensorrt(graph)
     if found:
         print(
             f"{found} of {quantizers} quantizers are not for TensorRT, which has int8 codes without zero points alone; "
-            "calibrated with --a_sym --set weights.kind=signed and exported with --attention float all are"
+            "calibrated with --a_sym --set weights.kind=signed and exported with --attention float --weight_type int8 "
+            "all are"
         )
 
 

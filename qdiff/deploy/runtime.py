@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qdiff.adapters import Adapter
 from qdiff.checkpoints import load_checkpoint
+from qdiff.deploy.agreement import LIMIT, distances
 from qdiff.deploy.convert import integer_network, is_integer, load_integer
-from qdiff.deploy.times import Times, signature, sizes_of
+from qdiff.deploy.times import Times, contents, signature, sizes_of
 from qdiff.layers import QuantLayer
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,11 @@ def prepare(
     """The module that runs a calibrated network on a device, called as the network itself.
 
     "simulate": float arithmetic on the grids. "integer": products of codes, by fused kernels on a GPU, by the exact
-    reference on a CPU (slow: for verification). "onnx": ONNX Runtime, on the CPU. "auto": the fastest on the device by
-    measurement at the first call, or the smallest of those that are made for speed where `prefer` is "memory"; `report`
-    hears what was measured. attention: the policy of `qdiff.deploy.layers.IntegerAttention`, None for the one that the
-    network's checkpoint records. The network may be given up afterwards: what runs shares memory with it at most.
+    reference on a CPU (slow: for verification). "onnx": ONNX Runtime, on the CPU. "auto": on a CPU the fastest of those
+    that give the simulation's numbers, on a GPU the fastest form of each layer, as measured at the first call; where
+    `prefer` is "memory", the smallest. `report` is called with each measurement as text. attention: the policy of
+    `qdiff.deploy.layers.IntegerAttention`, None for the one that the network's checkpoint records. The returned module
+    does not need `network` afterwards; it may share its tensors.
 
     Raises ValueError for unknown names, for a runtime that the device or the installation does not have, and naming a
     layer that is not calibrated.
@@ -61,7 +63,7 @@ def prepare(
     if prefer == "memory":
         runtime = "onnx" if has_onnx_runtime() else "integer"
         return prepare(network, adapter, runtime, device=device, attention=attention)
-    known_by = f"{signature(network)} attention {attention} onnxruntime {_onnx_runtime_version()}"
+    known_by = f"{signature(network)} attention {attention} {_onnx_form()}"
     candidates = _candidates(network, adapter, attention)
     return FastestAtFirstCall(candidates, Times(device), known_by, report or logger.info)
 
@@ -112,9 +114,16 @@ def has_onnx_runtime() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
-def _onnx_runtime_version() -> str | None:
+def _onnx_form() -> str:
+    """ONNX Runtime's version, and the form of graphs that it runs on this CPU."""
     if not has_onnx_runtime():
-        return None
+        return "no onnxruntime"
+    from qdiff.deploy.onnx.weight_types import fastest_exact
+
+    return f"onnxruntime {_onnx_runtime_version()} {fastest_exact()}"
+
+
+def _onnx_runtime_version() -> str:
     import onnxruntime
 
     return onnxruntime.__version__
@@ -230,7 +239,7 @@ class ChosenAtFirstCall(Deferred):
 
 class FastestAtFirstCall(ChosenAtFirstCall):
     """The fastest of some candidates by what was measured on the first batch of its sizes that this machine has seen;
-    the others are given up."""
+    the others are given up. The first candidate is what was calibrated: those that give other numbers are refused."""
 
     def __init__(self, candidates: dict[str, nn.Module], times: Times, network: str, report: Report) -> None:
         """network: what `times` know the network by."""
@@ -238,15 +247,33 @@ class FastestAtFirstCall(ChosenAtFirstCall):
         self._candidates, self._times, self._network, self._report = candidates, times, network, report
 
     def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
-        def measure() -> dict[str, float]:
-            return {name: median_ms(lambda m=m: m(*arguments)) for name, m in self._candidates.items()}
+        candidates = self._agreeing(arguments)
 
-        what = f"{' or '.join(self._candidates)} of {self._network} on {sizes_of(arguments)}"
+        def measure() -> dict[str, float]:
+            return {name: median_ms(lambda m=m: m(*arguments)) for name, m in candidates.items()}
+
+        what = f"{' or '.join(candidates)} of {self._network} on {sizes_of(arguments)}"
         times, known = self._times.of(what, measure)
         best = min(times, key=times.get)
         self._report(f"runtime auto: {shown(times, len(arguments[0]), known)}; taking {best}")
-        chosen, self._candidates = self._candidates[best], {}
-        return chosen
+        self._candidates = {}
+        return candidates[best]
+
+    def _agreeing(self, arguments: tuple[Tensor, ...]) -> dict[str, nn.Module]:
+        """The candidates that give the first one's numbers; a line says which do not."""
+        reference, *others = self._candidates
+        if not others:
+            return self._candidates
+        what = f"distances of {', '.join(others)} from {reference} {contents(self._candidates[reference])}"
+        key = f"{what} of {self._network} on {sizes_of(arguments)}"
+        found, _ = self._times.of(key, lambda: distances(self._candidates, arguments))
+        refused = [name for name in others if not found[name] <= found[LIMIT]]
+        for name in refused:
+            self._report(
+                f"runtime auto: {name} is refused: its answer to the first batch differs from that of {reference} by "
+                f"{found[name]:.1%}, expected at most {found[LIMIT]:.1%}"
+            )
+        return {name: module for name, module in self._candidates.items() if name not in refused}
 
 
 def shown(times: dict[str, float], samples: int, known: bool) -> str:

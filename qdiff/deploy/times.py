@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoints import digest_of, tensor_hash
 from qdiff.devices import device_name
 from qdiff.measured import Measured, cache_folder, hash_of_sources, milliseconds
 
@@ -17,7 +18,10 @@ DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of module
 
 
 class Times:
-    """Milliseconds by name, in runtimes.json of the cache folder, under what was timed, the device and the versions."""
+    """Milliseconds, or other numbers, by name, in runtimes.json of the cache folder.
+
+    They are kept under what was measured, the device and the versions.
+    """
 
     def __init__(self, device: torch.device) -> None:
         versions = f"torch {torch.__version__}, qdiff {_sources_version()}"
@@ -25,7 +29,7 @@ class Times:
         self._measured = Measured(cache_folder() / "runtimes.json", milliseconds)
 
     def of(self, what: str, measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
-        """(times of the alternatives for `what`, whether they were known before)"""
+        """(numbers of the alternatives for `what`, whether they were known before)"""
         key = f"{self._machine} | {what}"
         known = self._measured.get(key)
         if known is not None:
@@ -43,6 +47,11 @@ def signature(network: nn.Module) -> str:
     tensors = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in network.state_dict().items()]
     grids = [f"{name} {key} {getattr(m, key, None)}" for name, m in network.named_modules() for key in DECISIVE]
     return hashlib.sha256("\n".join([type(network).__name__, *tensors, *grids]).encode()).hexdigest()[:12]
+
+
+def contents(network: nn.Module) -> str:
+    """A hash of a network's parameters and buffers, values included."""
+    return digest_of({name: tensor_hash(x) for name, x in network.state_dict().items()})[:16]
 
 
 @cache

@@ -107,6 +107,17 @@ def test_attention_in_floats_is_for_tensorrt(packed):
     assert "TensorRT" not in export(packed, "onnx-portable", "other.onnx", "--attention", "float")
 
 
+def test_it_says_where_a_graph_is_exact(latent, packed, text):
+    """W4 fits everywhere but for attention's operands; of W8 the form decides."""
+    assert "exact on every CPU: all weights have at most 7 bits" in export(packed, "onnx", "one.onnx")
+    inexact = "int8 weights: x86 CPUs without VNNI cut off sums"
+    assert inexact in export(packed, "onnx", "one.onnx", "--weight_type", "int8")
+    for kind in ("onnx", "onnx-portable"):
+        out = export(text, kind, "two.onnx", "-r", latent.sd.ckpt)
+        assert re.search(r"^\d+ weights are uint8: exact on every CPU", out, re.MULTILINE) and inexact not in out
+    assert inexact in export(text, "onnx", "two.onnx", "-r", latent.sd.ckpt, "--weight_type", "int8")
+
+
 def test_onnx_of_a_latent_model(latent, text, tmp_path):
     """Sizes are the configuration's, or of the height and width that are asked for."""
     export(text, "onnx", "sd.onnx", "-r", latent.sd.ckpt)
@@ -154,6 +165,7 @@ def test_mistakes(tiny, calibrated, packed, latent, grouped, text, tmp_path):
     fails(text, "onnx", names=("--format onnx", text, "-r or --config"))
     fails(text, "onnx", "-r", latent.sd.ckpt, "--H", 9, names=("--H 9", "multiple of"))
     fails(packed, "onnx", *tiny.model, "--H", 32, names=("--H", "latent"))
+    fails(packed, "packed", "--weight_type", "int8", names=("--weight_type", "ONNX", "packed"))
 
 
 def test_onnx_without_its_packages(packed, tmp_path, monkeypatch):

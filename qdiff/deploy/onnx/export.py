@@ -16,6 +16,7 @@ from qdiff.deploy.onnx.lowering import Lowering
 from qdiff.deploy.onnx.portable import FourBitLowering, PortableLowering
 from qdiff.deploy.onnx.runtime import RuntimeLowering
 from qdiff.deploy.onnx.tracer import Trace, static_size, trace
+from qdiff.deploy.onnx.weight_types import WEIGHT_TYPES, with_uint8_weights
 from qdiff.steps import StepTable
 
 DIALECTS: dict[str, type[Lowering]] = {
@@ -34,7 +35,7 @@ def make_model(
     dialect: str = "runtime",
     parameter_set: int | None = None,
 ) -> onnx.ModelProto:
-    """The model in memory; arguments as for `export_onnx`."""
+    """The model in memory, its weights int8 (`qdiff.deploy.onnx.weight_types`); arguments as for `export_onnx`."""
     if dialect not in DIALECTS:
         raise ValueError(f"dialect: expected one of {', '.join(DIALECTS)}, found {dialect!r}")
     table = getattr(network, "step_table", None)
@@ -52,7 +53,8 @@ def make_model(
     if builder.reads("set"):
         inputs.append(value_info("set", np.int64, []))
     outputs = [value_info("output", np.float32, ["N", *recorded.output.shape[1:]])]
-    about = {"dialect": dialect, "parameter_set": parameter_set, "steps": None, **_description(adapter, recorded)}
+    about = {"dialect": dialect, "weights": "int8", "parameter_set": parameter_set, "steps": None}
+    about |= _description(adapter, recorded)
     if table is not None and parameter_set is None:
         about["steps"] = steps_to_plain(table)
     return builder.model(inputs, outputs, {"qdiff": json.dumps(about)}, dialect == "runtime")
@@ -66,6 +68,7 @@ def export_onnx(
     context_shape: tuple[int, ...] | None = None,
     dialect: str = "runtime",
     parameter_set: int | None = None,
+    weight_type: str = "uint8",
 ) -> None:
     """Write a calibrated network as ONNX. Inputs: x [N, C, H, W] float32, t [N] float32, and what it is conditioned on
     as `context`; output: float32. Any number of samples N, one size.
@@ -74,12 +77,17 @@ def export_onnx(
     labels are int64. dialect "runtime" is for ONNX Runtime on CPUs and holds all parameter sets, chosen by the scalar
     int64 input `set` where there are several; "portable" is standard ONNX with quantize and dequantize operators for
     any runtime and holds one, `parameter_set`; "portable-4bit" is the same with weights of at most 4 bits stored in 4
-    instead of 8, which engines multiply as floats. Constants of more than 1.5 GiB go to a file beside, `path`.data.
+    instead of 8, which engines multiply as floats. weight_type "uint8" is exact on every CPU; "int8" is faster on many,
+    and inexact on x86 CPUs without VNNI (`qdiff.deploy.onnx.weight_types`). Constants of more than 1.5 GiB go to a file
+    beside, `path`.data.
 
     Raises ValueError for arguments at odds, naming a layer that is not calibrated, and naming an operator that has no
     counterpart and the module it stands in.
     """
-    write_model(make_model(network, adapter, shape, context_shape, dialect, parameter_set), path)
+    if weight_type not in WEIGHT_TYPES:
+        raise ValueError(f"weight_type: expected one of {', '.join(WEIGHT_TYPES)}, found {weight_type!r}")
+    model = make_model(network, adapter, shape, context_shape, dialect, parameter_set)
+    write_model(with_uint8_weights(model) if weight_type == "uint8" else model, path)
 
 
 def write_model(model: onnx.ModelProto, path: str | Path, inline_bytes: int | None = None) -> None:

@@ -2,8 +2,9 @@
 
 A convolution is one table lookup, which copies the rows of codes under its window side by side, and one product of
 codes: `MatMulIntegerToFloat`, int32 sums and float32 output. Stride, padding and nearest upsampling are in the table.
-ONNX Runtime's product is fast for uint8 times int8 and for nothing else (int8 times int8: twenty times slower), hence
-all activations are stored as uint8 (codes of signed grids plus 128) and all weights as int8.
+ONNX Runtime's product is fast for uint8 times int8 or uint8 and for nothing else (int8 times int8: twenty times
+slower), hence all activations are stored as uint8 (codes of signed grids plus 128). Weights are written as int8;
+`qdiff.deploy.onnx.weight_types` makes uint8 of them where the CPU needs it.
 
 Concatenations are never made of floats where a norm or a layer reads them: statistics, norms and codes are made part by
 part, and bytes are joined.

@@ -1,5 +1,8 @@
 """An exported network as a module that is called like the network itself and runs in ONNX Runtime on the CPU.
 
+Weights that this CPU does not multiply exactly as the model has them are stored otherwise before it runs
+(`qdiff.deploy.onnx.weight_types`), so that every machine computes the same sums of codes.
+
 Samples are independent, so a batch is cut into pieces that run side by side, each on one thread: nothing waits for
 other threads between operators, and a piece's largest tensors fit the cache of its core. Batches smaller than the
 number of threads run as one, on all threads.
@@ -50,6 +53,11 @@ class OnnxNetwork(nn.Module):
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1))
         session = self._session(1)
         self._about = _read_about(session, model)
+        if self.weight_type == "int8" and not _is_exact("int8"):
+            session = self._open = None
+            self._model, self._folder = _kept(_as_uint8(self._model))
+            session = self._session(1)
+            self._about = _read_about(session, model)
         self._inputs = {each.name: each.shape for each in session.get_inputs()}
         self.step_table = step_table(self._about["steps"])
 
@@ -64,18 +72,22 @@ class OnnxNetwork(nn.Module):
     ) -> OnnxNetwork:
         """Of a calibrated network in memory; arguments and errors as for `export_onnx`."""
         _onnx_runtime()
-        from qdiff.deploy.onnx.export import constant_bytes, make_model, write_model
+        from qdiff.deploy.onnx.export import make_model
+        from qdiff.deploy.onnx.weight_types import fastest_exact, with_uint8_weights
 
         model = make_model(network, adapter, shape, context_shape)
-        if constant_bytes(model) <= KEPT_BYTES:
-            return cls(model.SerializeToString(), threads)
-        folder = tempfile.TemporaryDirectory(prefix="qdiff-onnx-")
-        path = Path(folder.name) / "network.onnx"
-        write_model(model, path, inline_bytes=0)
+        if fastest_exact() == "uint8":
+            with_uint8_weights(model)
+        kept, folder = _kept(model)
         del model
-        found = cls(path, threads)
+        found = cls(kept, threads)
         found._folder = folder  # read again by sessions that are opened later
         return found
+
+    @property
+    def weight_type(self) -> str | None:
+        """How the model that runs stores weights, "int8" or "uint8"; None for a portable one, which runs in floats."""
+        return self._about.get("weights") if self._about["dialect"] == "runtime" else None
 
     @property
     def weight_bytes(self) -> int:
@@ -173,6 +185,32 @@ class OnnxNetwork(nn.Module):
             raise ValueError(f"{name}: not a readable ONNX model: {' '.join(str(error).split())}") from error
 
 
+def _kept(model: Any) -> tuple[bytes | str, tempfile.TemporaryDirectory | None]:
+    """A model (onnx.ModelProto) for sessions: its bytes, or a file where it is large, and the folder that holds it."""
+    from qdiff.deploy.onnx.export import constant_bytes, write_model
+
+    if constant_bytes(model) <= KEPT_BYTES:
+        return model.SerializeToString(), None
+    folder = tempfile.TemporaryDirectory(prefix="qdiff-onnx-")
+    path = Path(folder.name) / "network.onnx"
+    write_model(model, path, inline_bytes=0)
+    return str(path), folder
+
+
+def _is_exact(weight_type: str) -> bool:
+    from qdiff.deploy.onnx.weight_types import is_exact
+
+    return is_exact(weight_type)
+
+
+def _as_uint8(model: bytes | str) -> Any:
+    import onnx
+
+    from qdiff.deploy.onnx.weight_types import with_uint8_weights
+
+    return with_uint8_weights(onnx.load_model_from_string(model) if isinstance(model, bytes) else onnx.load(model))
+
+
 def _is_label(value: Tensor, name: str) -> bool:
     return name == "context" and value.dim() == 1
 
@@ -191,7 +229,10 @@ def _read_about(session: Any, model: str | Path | bytes) -> dict[str, Any]:
     about = session.get_modelmeta().custom_metadata_map.get("qdiff")
     if about is None:
         raise ValueError(f"{name}: expected a model of qdiff's ONNX export, found one without its metadata")
-    return json.loads(about)
+    about = json.loads(about)
+    if about["dialect"] == "runtime":
+        about.setdefault("weights", "int8")  # files of version 0.1 do not say it
+    return about
 
 
 def step_table(plain: dict[str, Any] | None) -> StepTable | None:

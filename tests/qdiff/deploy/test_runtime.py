@@ -1,5 +1,8 @@
 """One switch: what each runtime gives, and what is refused."""
 
+import copy
+import re
+
 import pytest
 import torch
 
@@ -85,6 +88,32 @@ def test_auto_decides_once_on_a_machine(saved, monkeypatch, batch, adapter, own_
     fewer = tuple(x[:1] for x in batch)
     prepare(saved[0], adapter, "auto", report=said.append)(*fewer)
     assert said[-1] == "runtime auto: simulate 9.00 ms, onnx 8.00 ms for 1 samples; taking onnx"
+
+
+def test_auto_refuses_a_candidate_that_gives_other_numbers(saved, monkeypatch, batch, adapter, own_cache):
+    """However fast it is; the answer is kept for these weights, and others are compared anew."""
+    said, wrong = [], [0.05]
+    monkeypatch.setattr(runtime, "median_ms", lambda run: 1.0 + len(said))
+    real = runtime.OnnxAtFirstCall.forward
+
+    def off(self, *arguments):
+        out = real(self, *arguments)
+        return out * (1 + wrong[0])
+
+    monkeypatch.setattr(runtime.OnnxAtFirstCall, "forward", off)
+    monkeypatch.setattr("qdiff.deploy.agreement.NOISE_SHARE", 0.0)  # a tiny network's noise can be as large
+    for _ in range(2):
+        assert torch.equal(prepare(saved[0], adapter, "auto", report=said.append)(*batch), saved[0](*batch))
+        wrong[0] = 0.0
+    refusal = r"runtime auto: onnx is refused: its answer to the first batch differs from that of simulate by \d\.\d%"
+    assert [bool(re.match(refusal + ", expected at most 1.0%$", line)) for line in said] == [True, False] * 2
+    assert [line.split("; ")[-1] for line in said if "taking" in line] == ["taking simulate"] * 2
+    other = copy.deepcopy(saved[0])
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.dim() == 1).mul_(1.01)
+    monkeypatch.setattr("qdiff.deploy.agreement.LEAST_LIMIT", 1.0)
+    prepare(other, adapter, "auto", report=said.append)(*batch)
+    assert "refused" not in said[-1] and "onnx" in said[-1]
 
 
 def test_auto_without_the_extra(saved, monkeypatch, adapter, batch, own_cache):
