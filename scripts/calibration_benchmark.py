@@ -20,7 +20,7 @@ from timing import seconds_of, synchronize
 from torch import nn
 
 from qdiff.calibration.frontier import Frontier, PlainFrontier
-from qdiff.calibration.loop import UnitData, optimise, parameter_groups
+from qdiff.calibration.loop import UnitData, UnitTask, optimise, parameter_groups
 from qdiff.calibration.run import Calibration, RunOptions
 from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
@@ -222,7 +222,8 @@ class Bench:
         products = "bfloat16" if self.args.products == "bfloat16" else "float32"
         generator = self.run.generator(0)
         with suppress(Enough):
-            loop(unit, data, stage, groups, self.run.network.step_table, generator, tick=tick, products=products)
+            task = UnitTask(unit, data, stage, groups, self.run.network.step_table, products=products)
+            loop(task, generator, tick=tick)
         for layer in quant_layers(unit).values():
             layer.finish_rounding()
         return times[0] - started, 1e3 * (times[1] - times[0]) / count

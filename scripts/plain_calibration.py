@@ -2,57 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.calibration.capture import training_mode
 from qdiff.calibration.frontier import Frontier
-from qdiff.calibration.loop import Groups, History, UnitData, minibatches, rate_table
+from qdiff.calibration.loop import UnitTask, minibatches
 from qdiff.calibration.objectives import lp_loss, rounding_penalty, temperature
+from qdiff.calibration.optimization import Losses, learning, rate_table
 from qdiff.parallel import Team
 from qdiff.quantizers import MIN_SCALE
-from qdiff.stages import Reconstruct
-from qdiff.steps import StepTable
 
 
 def plain_optimise(
-    unit: nn.Module,
-    data: UnitData,
-    stage: Reconstruct,
-    groups: Groups,
-    steps: StepTable,
+    task: UnitTask,
     generator: torch.Generator,
-    float_unit: nn.Module | None = None,
-    penalized: list[Tensor] | None = None,
-    train_mode: bool = False,
     tick: Callable[[float], None] = lambda loss: None,
     team: Team | None = None,
-    products: str = "float32",
-    second_forward: bool = False,
-) -> History:
+) -> Losses:
     """`qdiff.calibration.loop.optimise` in plain PyTorch: torch.optim.Adam, no graphs, rate and temperature in Python.
 
     Takes the same arguments, mini-batches among them. Raises ValueError for a stage that mixes or drops inputs, or
     compares inner layers: it is there to be measured against, and knows what `quick` and `q-diffusion` need.
     """
-    if stage.inputs == "mixed" or stage.drop or stage.loss.taps or train_mode:
+    unit, data, stage, groups = task.unit, task.data, task.stage, task.groups
+    if stage.inputs == "mixed" or stage.drop or stage.loss.taps or task.train_mode:
         raise ValueError("the plain loop knows neither mixed inputs, dropping, taps nor train mode")
-    penalized = groups.get("rounding", []) if penalized is None else penalized
+    penalized = groups.get("rounding", []) if task.penalized is None else task.penalized
     device, iterations = data.t.device, stage.iterations
     indices = minibatches(len(data.t), stage.batch_size, iterations, generator).to(device)
     rates = {name: rate_table(stage.learn[name], iterations).tolist() for name in groups}
     adam = torch.optim.Adam([{"params": parameters, "name": name, "lr": 0.0} for name, parameters in groups.items()])
-    history, every = History(), max(1, iterations // 100)
-    with _learning(groups), training_mode(unit, False):
+    losses, every = [], max(1, iterations // 100)
+    with learning(groups), training_mode(unit, False):
         for iteration, index in enumerate(indices):
             for group in adam.param_groups:
                 group["lr"] = rates[group["name"]][iteration]
-            half = torch.autocast(device.type, torch.bfloat16, enabled=products == "bfloat16")
-            with steps.at(data.t[index]), half:
+            half = torch.autocast(device.type, torch.bfloat16, enabled=task.products == "bfloat16")
+            with task.steps.at(data.t[index]), half:
                 output = unit(*data.arguments(stage, index, None))
             target = data.target[index]
             loss = total = lp_loss(output.to(target.dtype), target, stage.loss)
@@ -65,22 +55,9 @@ def plain_optimise(
             for scale in groups.get("scale", []):
                 scale.data.clamp_min_(MIN_SCALE)
             if iteration % every == 0 or iteration == iterations - 1:
-                history.losses.append((iteration, loss.item()))
-            tick(history.losses[-1][1])
-    return history
-
-
-@contextmanager
-def _learning(groups: Groups) -> Iterator[None]:
-    learned = [parameter for parameters in groups.values() for parameter in parameters]
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+                losses.append((iteration, loss.item()))
+            tick(losses[-1][1])
+    return losses
 
 
 @dataclass

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.capture import recording_outputs
-from qdiff.calibration.loop import learning, minibatches, products_context, rate_table
+from qdiff.calibration.loop import minibatches, products_context
+from qdiff.calibration.optimization import Groups, Optimization, Share
 from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.snapshots import Snapshots
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.names import matching
-from qdiff.parallel import Team
-from qdiff.quantizers import MIN_SCALE, ActQuantizer
+from qdiff.quantizers import ActQuantizer
 from qdiff.stages import Finetune
 
 
@@ -47,42 +46,35 @@ class _Finetuning:
         learns_weights = "weight" in stage.learn
         self.tuned = {n: m for n, m in self.layers.items() if m.weight_quantizers and learns_weights}
         self.data = _fewer(run.data, stage.per_step).to(next(run.network.parameters()))
-        self.losses: list[tuple[int, float]] = []
 
     def learn(self) -> dict:
         """Carry the stage out; its report as plain data."""
         run, stage = self.run, self.stage
         attempt, before = Attempt(run, self.number, "network", []), self._output_error()
-        groups = self._groups()
-        indices = list(self._indices())
+        groups, indices = self._groups(), list(self._indices())
         run.progress.start(f"finetuning {len(self.tuned)} layers", stage.iterations)
-        self.adam = Adam(
-            [
-                AdamGroup(p, rate_table(learn, stage.iterations), learn.relative, name == "scale")
-                for name, p in groups.items()
-                for learn in [stage.learn[name]]
-            ]
-        )
-        snapshots = Snapshots(run, self.number, self.adam.state, stage.iterations)
-        self.losses = snapshots.restore()
+        optimization = Optimization(groups, stage.learn, stage.iterations, run.options.team, by_row=["scale"])
+        snapshots = Snapshots(run, self.number, optimization.adam.state, stage.iterations)
+        losses = snapshots.restore()
         run.progress.advance(snapshots.done)
-        every = max(1, stage.iterations // 100)
-        with learning(groups):
-            for iteration in range(snapshots.done, stage.iterations):
-                loss = self._iterate(iteration, indices[iteration], groups)
-                if iteration % every == 0 or iteration == stage.iterations - 1:
-                    self.losses.append((iteration, loss.item()))
-                snapshots.after(iteration, self.losses)
-                run.progress.advance(note=f"loss {self.losses[-1][1]:.3g}")
+
+        def step(iteration: int) -> Tensor:
+            number = torch.tensor([iteration], device=self.data.x.device)
+            return optimization.step(number, indices[iteration], self._backward)
+
+        def tick(loss: float) -> None:
+            run.progress.advance(note=f"loss {loss:.3g}")
+
+        losses = optimization.run(step, tick, snapshots, losses)
         for name, layer in self.tuned.items():
             run.bases[name] = torch.cat([r.weight.detach() for r in layer.rounding], 1)
             layer.finish_rounding()
         run.progress.finish()
-        return attempt.finish(before, self._output_error(), "always", stage.iterations, self.losses)
+        return attempt.finish(before, self._output_error(), "always", stage.iterations, losses)
 
-    def _groups(self) -> dict[str, list[nn.Parameter]]:
+    def _groups(self) -> Groups:
         """The learned parameters: weights with biases, and scales."""
-        groups: dict[str, list[nn.Parameter]] = {}
+        groups: Groups = {}
         if self.tuned:
             weights = [w for n, layer in self.tuned.items() for w in layer.start_finetuning(self.run.bases[n])]
             groups["weight"] = weights + [layer.bias for layer in self.tuned.values() if layer.bias is not None]
@@ -113,19 +105,10 @@ class _Finetuning:
             for batch in minibatches(len(states), stage.batch_size, last - first, generator):
                 yield states[batch]
 
-    def _iterate(self, iteration: int, index: Tensor, groups: dict[str, list[nn.Parameter]]) -> Tensor:
-        team = self.run.options.team
-        team = Team() if len(index) < team.size else team  # without a state for each, all do all of it
-        mine = team.share(index)
-        self.adam.zero_grad()
-        loss = self._loss(mine) * (len(mine) / len(index))
+    def _backward(self, share: Share) -> Tensor:
+        loss = self._loss(share.rows) * share.weight
         loss.backward()
-        loss = loss.detach()
-        team.sum([loss, *self.adam.gradients()])
-        self.adam.step(torch.tensor([iteration], device=self.data.x.device))
-        for scale in groups.get("scale", []):
-            scale.data.clamp_min_(MIN_SCALE)
-        return loss
+        return loss.detach()
 
     def _loss(self, index: Tensor) -> Tensor:
         """local * sum over layers of MSE + output * MSE of the network's output."""

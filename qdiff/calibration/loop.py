@@ -1,25 +1,23 @@
-"""The one optimisation loop. What differs between methods is handed in as data."""
+"""How one unit learns: from which inputs, by which loss. What differs between methods is handed in as data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.capture import dropping, recording_outputs, training_mode
 from qdiff.calibration.draws import Draws
 from qdiff.calibration.graphs import repeated
 from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty
+from qdiff.calibration.optimization import Groups, Losses, Optimization, Share, learning
 from qdiff.calibration.store import Column
 from qdiff.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.parallel import Team
-from qdiff.quantizers import MIN_SCALE
-from qdiff.stages import Learn, Reconstruct
+from qdiff.stages import Reconstruct
 from qdiff.steps import StepTable
 
 Source = tuple[Tensor, ...] | Callable[[Tensor], tuple[Tensor, ...]]
@@ -61,22 +59,12 @@ class UnitData:
         return chosen
 
 
-@dataclass
-class History:
-    """losses: (iteration, output loss) at about a hundred points of one unit's learning."""
-
-    losses: list[tuple[int, float]] = field(default_factory=list)
-
-
 def minibatches(count: int, batch_size: int, iterations: int, generator: torch.Generator) -> Tensor:
     """[iterations, min(batch_size, count)] random sample indices, without repeats inside a batch."""
     found = torch.empty(iterations, min(batch_size, count), dtype=torch.long)
     for row in found:  # copied, since a slice keeps its whole permutation in memory
         row.copy_(torch.randperm(count, generator=generator)[:batch_size])
     return found
-
-
-Groups = dict[str, list[nn.Parameter]]  # learned parameters by group name
 
 
 def parameter_groups(unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module, Tensor]) -> Groups:
@@ -95,144 +83,125 @@ def parameter_groups(unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module,
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def rate_table(learn: Learn, iterations: int) -> Tensor:
-    """[iterations] float64, the rate of every iteration."""
-    if learn.schedule == "constant":
-        return torch.full((iterations,), learn.rate, dtype=torch.float64)
-    angle = math.pi * torch.arange(iterations, dtype=torch.float64) / iterations
-    return learn.rate * 0.5 * (1 + angle.cos())
-
-
 def products_context(products: str, device: torch.device) -> AbstractContextManager:
     """Within it products are computed as asked for: "float32", or "bfloat16"."""
     return torch.autocast(device.type, torch.bfloat16) if products == "bfloat16" else nullcontext()
 
 
 @dataclass
-class Learning:
-    """One unit's learning: everything an iteration reads and writes, as tensors on the unit's device."""
+class UnitTask:
+    """What one unit learns. steps: the network's table of parameter sets.
+
+    float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
+    penalty (None: all). products: "float32", or "bfloat16" for products in half precision. second_forward: E5 in
+    `qdiff.spec.COMPAT`.
+    """
 
     unit: nn.Module
     data: UnitData
     stage: Reconstruct
     groups: Groups
     steps: StepTable
-    draws: Draws  # on the unit's device: what an iteration draws, for the team's part of a batch
-    indices: Tensor  # [iterations, B]
-    float_unit: nn.Module | None
-    penalized: list[Tensor]
-    products: str  # "float32", or "bfloat16" for products in half precision
-    second_forward: bool = False  # E5 in qdiff.spec.COMPAT
+    float_unit: nn.Module | None = None
+    penalized: list[Tensor] | None = None
+    train_mode: bool = False
+    products: str = "float32"
+    second_forward: bool = False
 
-    def __post_init__(self) -> None:
-        iterations, device = self.stage.iterations, self.indices.device
-        learn = self.stage.learn
-        by_row = self.steps.count > 1  # a batch need not have every step group in it
-        tables = {name: rate_table(learn[name], iterations) for name in self.groups}
-        self.adam = Adam(
-            [
-                AdamGroup(p, tables[name], learn[name].relative, by_row and name == "scale")
-                for name, p in self.groups.items()
-            ]
-        )
+
+class UnitLearning:
+    """A task under way: everything an iteration reads and writes, as tensors on the unit's device."""
+
+    def __init__(self, task: UnitTask, indices: Tensor, draws: Draws) -> None:
+        """indices: [iterations, B]; draws: what an iteration draws, for the team's part of a batch."""
+        self.task, self.indices, self.draws = task, indices, draws
+        stage, device = task.stage, indices.device
+        by_row = ["scale"] if task.steps.count > 1 else []  # a batch need not have every step group in it
+        self.optimization = Optimization(task.groups, stage.learn, stage.iterations, draws.team, by_row)
+        self.penalized = task.groups.get("rounding", []) if task.penalized is None else task.penalized
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the iteration to come
-        self.beta = penalty_table(self.stage.penalty, iterations).to(self.data.t.device)
-        self.losses = torch.zeros(iterations, device=device)
+        self.beta = penalty_table(stage.penalty, stage.iterations).to(device)
+        self.losses = torch.zeros(stage.iterations, device=device)
 
     def penalty_starts(self) -> int:
         """The first iteration with a rounding penalty."""
         on = (self.beta > 0).nonzero()
-        return int(on[0]) if len(on) and self.penalized else self.stage.iterations
+        return int(on[0]) if len(on) and self.penalized else self.task.stage.iterations
 
     def iterate(self, penalize: bool) -> None:
         """One iteration: loss, gradients, step. Decides nothing by the values of tensors."""
-        index, team = self.indices.index_select(0, self.number)[0], self.draws.team
-        mine = team.share(index)
-        with self.steps.at(self.data.t.index_select(0, mine)):
-            loss = self._loss(mine) * (len(mine) / len(index))  # shares of the batch may differ by one
-        self.adam.zero_grad()
-        total = loss
-        if penalize:
-            beta = self.beta.index_select(0, self.number)
-            total = loss + rounding_penalty(self.penalized, self.stage.penalty, beta) / team.size
-        total.backward()
-        loss = loss.detach()
-        team.sum([loss, *self.adam.gradients()])
-        self.adam.step(self.number)
-        for scale in self.groups.get("scale", []):
-            scale.data.clamp_min_(MIN_SCALE)
+        index = self.indices.index_select(0, self.number)[0]
+        loss = self.optimization.step(self.number, index, lambda share: self._backward(share, penalize))
         self.losses.index_copy_(0, self.number, loss.reshape(1).float())
         self.number += 1
 
+    def _backward(self, share: Share, penalize: bool) -> Tensor:
+        task = self.task
+        with task.steps.at(task.data.t.index_select(0, share.rows)):
+            loss = self._loss(share.rows) * share.weight
+        total = loss
+        if penalize:
+            beta = self.beta.index_select(0, self.number)
+            total = loss + rounding_penalty(self.penalized, task.stage.penalty, beta) / share.processes
+        total.backward()
+        return loss.detach()
+
     def _loss(self, index: Tensor) -> Tensor:
         """The stage's loss, without penalty, for the samples `index`."""
-        data, stage, unit = self.data, self.stage, self.unit
+        data, stage, unit, products = self.task.data, self.task.stage, self.task.unit, self.task.products
         args, target = data.arguments(stage, index, self.draws), data.target[index]
         if stage.loss.taps == 0:
-            with products_context(self.products, target.device):
+            with products_context(products, target.device):
                 output = unit(*args)
             return lp_loss(output.to(target.dtype), target, stage.loss)
         layers = quant_layers(unit)
-        with products_context(self.products, target.device), recording_outputs(layers.values()) as outputs:
+        with products_context(products, target.device), recording_outputs(layers.values()) as outputs:
             output = unit(*args)
         loss = lp_loss(output.to(target.dtype), target, stage.loss)
-        if self.second_forward:  # E5: the layers' losses see other dropped activations than the output's
-            with products_context(self.products, target.device), recording_outputs(layers.values()) as outputs:
+        if self.task.second_forward:  # E5: the layers' losses see other dropped activations than the output's
+            with products_context(products, target.device), recording_outputs(layers.values()) as outputs:
                 unit(*args)
-        with torch.no_grad(), recording_outputs(self.float_unit.get_submodule(name) for name in layers) as targets:
-            self.float_unit(*take_rows(data.float_, index))
+        float_unit = self.task.float_unit
+        with torch.no_grad(), recording_outputs(float_unit.get_submodule(name) for name in layers) as targets:
+            float_unit(*take_rows(data.float_, index))
         # Layers are compared in the order of their calls, which both units share; the last one is the output's own.
         pairs = list(zip(outputs, targets, strict=True))[:-1]
         return loss + stage.loss.taps * sum(lp_loss(out.to(aim.dtype), aim, stage.loss) for out, aim in pairs)
 
 
 def optimise(
-    unit: nn.Module,
-    data: UnitData,
-    stage: Reconstruct,
-    groups: Groups,
-    steps: StepTable,
+    task: UnitTask,
     generator: torch.Generator,
-    float_unit: nn.Module | None = None,
-    penalized: list[Tensor] | None = None,
-    train_mode: bool = False,
     tick: Callable[[float], None] = lambda loss: None,
     team: Team | None = None,
-    products: str = "float32",
-    second_forward: bool = False,
-) -> History:
-    """Learn the parameters of `groups` so that the unit's output meets the target.
+) -> Losses:
+    """Learn the parameters of the task's groups so that the unit's output meets the target. Returns the losses noted.
 
-    float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
-    penalty (default: all). tick: called after each iteration with the last loss noted. team: processes that share the
-    batches. second_forward: E5 in `qdiff.spec.COMPAT`. Gradients reach only `groups`.
+    tick: called after each iteration with the last loss noted. team: processes that share the batches. Gradients reach
+    only the groups.
     """
-    penalized = groups.get("rounding", []) if penalized is None else penalized
-    device, iterations = data.t.device, stage.iterations
-    indices = minibatches(len(data.t), stage.batch_size, iterations, generator).to(device)
+    data, stage, device = task.data, task.stage, task.data.t.device
+    indices = minibatches(len(data.t), stage.batch_size, stage.iterations, generator).to(device)
     batch = indices.shape[1]
-    team = Team() if team is None or batch < team.size else team  # without a sample for each, all do all of it
+    team = Team() if team is None or batch < team.size else team
     draws = Draws(_on_device(generator, device), team, batch)
-    history, every = History(), max(1, iterations // 100)
     with ExitStack() as modes:
-        modes.enter_context(learning(groups))
-        modes.enter_context(training_mode(unit, train_mode))
-        modes.enter_context(dropping(act_quantizers(unit).values(), stage.drop, draws))
-        modes.enter_context(_seeded(train_mode, generator, device))
-        work = Learning(
-            unit, data, stage, groups, steps, draws, indices, float_unit, penalized, products, second_forward
-        )
+        modes.enter_context(learning(task.groups))
+        modes.enter_context(training_mode(task.unit, task.train_mode))
+        modes.enter_context(dropping(act_quantizers(task.unit).values(), stage.drop, draws))
+        modes.enter_context(_seeded(task.train_mode, generator, device))
+        work = UnitLearning(task, indices, draws)
         starts = work.penalty_starts()
         # A graph holds the random state of its own generators only, and no copies between host and device.
-        captures = data.on_device and not train_mode and team.size == 1
+        captures = data.on_device and not task.train_mode and team.size == 1
         where = device if captures else torch.device("cpu")
-        step = {p: repeated(lambda p=p: work.iterate(p), where, [draws.generator]) for p in (False, True)}
-        for iteration in range(iterations):
-            step[iteration >= starts]()
-            if iteration % every == 0 or iteration == iterations - 1:
-                history.losses.append((iteration, work.losses[iteration].item()))
-            tick(history.losses[-1][1])
-    return history
+        iterate = {p: repeated(lambda p=p: work.iterate(p), where, [draws.generator]) for p in (False, True)}
+
+        def step(iteration: int) -> Tensor:
+            iterate[iteration >= starts]()
+            return work.losses[iteration]
+
+        return work.optimization.run(step, tick)
 
 
 def _on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
@@ -240,20 +209,6 @@ def _on_device(generator: torch.Generator, device: torch.device) -> torch.Genera
     if generator.device == device or device.type == "cpu":
         return generator
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-
-
-@contextmanager
-def learning(groups: Groups) -> Iterator[None]:
-    """Within the block the groups' parameters, and no others that were frozen, take gradients."""
-    learned = [(p, p.requires_grad) for parameters in groups.values() for p in parameters]
-    for parameter, _ in learned:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in learned:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
 
 
 @contextmanager

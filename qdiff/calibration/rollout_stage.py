@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from functools import partial
 
-from qdiff.calibration.adam import Adam, AdamGroup
-from qdiff.calibration.loop import learning, minibatches, parameter_groups, products_context, rate_table
+import torch
+from torch import Tensor
+
+from qdiff.calibration.loop import minibatches, parameter_groups, products_context
 from qdiff.calibration.objectives import penalty_table, rounding_penalty
+from qdiff.calibration.optimization import Groups, Optimization, Share
 from qdiff.calibration.rollout import Carrier, FloatRuns, Group, GroupRollout, Predictor, groups_of
 from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.snapshots import Snapshots
 from qdiff.layers import act_quantizers, quant_layers
-from qdiff.parallel import Team
-from qdiff.quantizers import MIN_SCALE
 from qdiff.stages import Rollout
 
 
@@ -102,28 +102,28 @@ class _Rolling:
         """Learn from the batches of `work`; row: the parameter set that alone may move, or None for all."""
         run, stage = self.run, self.stage
         attempt, before = Attempt(run, self.number, unit, self._changed()), self.error(rollouts)
-        groups = self._parameters(row)
-        adam = self._adam(groups, len(work))
-        snapshots = Snapshots(run, self.number, adam.state, len(work)) if row is None else None
+        groups, iterations = self._parameters(row), len(work)
+        optimization = Optimization(groups, stage.learn, iterations, run.options.team, by_row=["scale"])
+        snapshots = Snapshots(run, self.number, optimization.adam.state, iterations) if row is None else None
         losses = [] if snapshots is None else snapshots.restore()
-        first = 0 if snapshots is None else snapshots.done
-        run.progress.advance(first)
-        beta = penalty_table(stage.penalty, len(work)).to(self.device)
-        every = max(1, len(work) // 100)
-        with learning(groups):
-            for iteration in range(first, len(work)):
-                rollout, index = work[iteration]
-                loss = self._iterate(iteration, rollout, index.to(self.device), groups, adam, beta, row)
-                if iteration % every == 0 or iteration == len(work) - 1:
-                    losses.append((iteration, loss.item()))
-                if snapshots is not None:
-                    snapshots.after(iteration, losses)
-                run.progress.advance(note=f"{unit} loss {losses[-1][1]:.3g}")
+        run.progress.advance(0 if snapshots is None else snapshots.done)
+        beta = penalty_table(stage.penalty, iterations).to(self.device)
+
+        def step(iteration: int) -> Tensor:
+            rollout, index = work[iteration]
+            number = torch.tensor([iteration], device=self.device)
+            backward = partial(self._backward, rollout, groups, beta[iteration], row)
+            return optimization.step(number, index.to(self.device), backward)
+
+        def tick(loss: float) -> None:
+            run.progress.advance(note=f"{unit} loss {loss:.3g}")
+
+        losses = optimization.run(step, tick, snapshots, losses)
         for layer in quant_layers(run.network).values():
             layer.finish_rounding()
-        return attempt.finish(before, self.error(rollouts), stage.keep, len(work), losses)
+        return attempt.finish(before, self.error(rollouts), stage.keep, iterations, losses)
 
-    def _parameters(self, row: int | None) -> dict[str, list[nn.Parameter]]:
+    def _parameters(self, row: int | None) -> Groups:
         """The learned parameters; of quantizers with one set for all groups only where all groups learn together."""
         run = self.run
         layers = {layer: run.bases[n] for n, layer in quant_layers(run.network).items() if n in run.bases}
@@ -133,31 +133,15 @@ class _Rolling:
             groups["scale"] = [scale for scale in groups["scale"] if scale not in shared]
         return groups
 
-    def _adam(self, groups: dict[str, list[nn.Parameter]], iterations: int) -> Adam:
-        learn = self.stage.learn
-        return Adam(
-            [
-                AdamGroup(p, rate_table(learn[name], iterations), learn[name].relative, name == "scale")
-                for name, p in groups.items()
-            ]
-        )
-
-    def _iterate(self, iteration: int, rollout: GroupRollout, index: Tensor, groups, adam: Adam, beta, row) -> Tensor:
-        team, stage = self.run.options.team, self.stage
-        team = Team() if len(index) < team.size else team  # without a sample for each, all do all of it
-        mine = team.share(index)
-        adam.zero_grad()
+    def _backward(self, rollout: GroupRollout, groups: Groups, beta: Tensor, row: int | None, share: Share) -> Tensor:
+        stage = self.stage
         with products_context(self.run.options.products, self.device):
-            loss = rollout.backward(mine, stage.gradient, stage.carry, len(mine) / len(index)).detach()
-        if stage.penalty is not None and beta[iteration] > 0 and "rounding" in groups:
-            (rounding_penalty(groups["rounding"], stage.penalty, beta[iteration]) / team.size).backward()
+            loss = rollout.backward(share.rows, stage.gradient, stage.carry, share.weight).detach()
+        if stage.penalty is not None and beta > 0 and "rounding" in groups:
+            (rounding_penalty(groups["rounding"], stage.penalty, beta) / share.processes).backward()
         if row is not None and self.run.network.step_table.count > 1:
             for scale in groups["scale"]:  # PLMS looks ahead into the group to come, whose set learns in its turn
                 if scale.grad is not None:
                     scale.grad[:row].zero_()
                     scale.grad[row + 1 :].zero_()
-        team.sum([loss, *adam.gradients()])
-        adam.step(torch.tensor([iteration], device=self.device))
-        for scale in groups.get("scale", []):
-            scale.data.clamp_min_(MIN_SCALE)
         return loss

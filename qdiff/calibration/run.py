@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdiff.adapters.base import Adapter, Segment
 from qdiff.calibration.frontier import Frontier
-from qdiff.calibration.loop import History
+from qdiff.calibration.optimization import Losses
 from qdiff.calibration.record import Record, put_state, state_of
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import CalibrationSet
@@ -25,7 +25,6 @@ from qdiff.seeds import generator_of
 from qdiff.spec import Recipe
 
 logger = logging.getLogger(__name__)
-Losses = Sequence[tuple[int, float]]  # (iteration, loss) at some points
 RUN_BATCH = 16  # samples that go through a unit at once where nothing is learned
 
 
@@ -80,7 +79,7 @@ class RunOptions:
     team: Team = field(default_factory=Team)
     products: str = "float32"
     frontier: type[Frontier] = Frontier
-    optimise: Callable[..., History] | None = None  # default: qdiff.calibration.loop.optimise
+    optimise: Callable[..., Losses] | None = None  # default: qdiff.calibration.loop.optimise
 
 
 @dataclass

@@ -11,7 +11,7 @@ from qdiff.calibration.capture import observing
 from qdiff.calibration.compensate import compensate_unit, execution_order
 from qdiff.calibration.finetune import finetune
 from qdiff.calibration.frontier import Frontier
-from qdiff.calibration.loop import UnitData, optimise, parameter_groups
+from qdiff.calibration.loop import UnitData, UnitTask, optimise, parameter_groups
 from qdiff.calibration.objectives import lp_loss
 from qdiff.calibration.observers import RangeObserver
 from qdiff.calibration.rollout_stage import learn_rollouts
@@ -169,19 +169,27 @@ class _Learner:
         groups = parameter_groups(unit.module, stage, layers)
         if not groups:
             return {}
-        history = (run.options.optimise or optimise)(
-            *(unit.module, data, stage, groups, run.network.step_table, run.generator(self.number, index)),
+        task = UnitTask(
+            unit.module,
+            data,
+            stage,
+            groups,
+            run.network.step_table,
             float_unit=run.float_network.get_submodule(name),
             penalized=_penalized(unit.module, groups, run.recipe),
             train_mode="train_mode" in run.recipe.compat,
-            tick=lambda loss: run.progress.advance(note=f"{name} loss {loss:.3g}"),
-            team=None if alone else run.options.team,
             products=run.options.products,
             second_forward="second_forward" in run.recipe.compat,
         )
+        losses = (run.options.optimise or optimise)(
+            task,
+            run.generator(self.number, index),
+            tick=lambda loss: run.progress.advance(note=f"{name} loss {loss:.3g}"),
+            team=None if alone else run.options.team,
+        )
         for layer in quant_layers(unit.module).values():
             layer.finish_rounding()
-        return attempt.finish(error_before, self._error(name, data), stage.keep, stage.iterations, history.losses)
+        return attempt.finish(error_before, self._error(name, data), stage.keep, stage.iterations, losses)
 
     def _data(self, name: str) -> UnitData:
         plain, quantized = self.frontiers()

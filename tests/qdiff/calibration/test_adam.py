@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdiff.calibration.adam import Adam, AdamGroup
-from qdiff.calibration.loop import rate_table
+from qdiff.calibration.optimization import rate_table
 from qdiff.stages import Learn
 
 STEPS = 150

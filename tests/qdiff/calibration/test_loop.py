@@ -9,7 +9,7 @@ from torch import nn
 
 from qdiff.arithmetic import fake_quantize, soft_quantize, soft_round
 from qdiff.calibration.draws import Draws
-from qdiff.calibration.loop import UnitData, minibatches, optimise, parameter_groups
+from qdiff.calibration.loop import UnitData, UnitTask, minibatches, optimise, parameter_groups
 from qdiff.layers import QUANT_LAYERS, act_quantizers, quant_layers
 from qdiff.quantizers import MIN_SCALE, ActQuantizer
 from qdiff.ranges import grid_from_range
@@ -67,11 +67,12 @@ def data(float_unit):
     return UnitData((other,), (plain,), float_unit(plain), torch.full((N,), 500.0))
 
 
-def learn(unit, float_unit, data, stage, seed=0, **options):
+def learn(unit, float_unit, data, stage, seed=0, team=None, tick=lambda loss: None, **options):
     """One unit learned; rounding is left soft."""
     bases = {layer: float_unit.get_submodule(name).weight for name, layer in quant_layers(unit).items()}
     groups = parameter_groups(unit, stage, bases)
-    return optimise(unit, data, stage, groups, STEPS, torch.Generator().manual_seed(seed), float_unit, **options)
+    task = UnitTask(unit, data, stage, groups, STEPS, float_unit, **options)
+    return optimise(task, torch.Generator().manual_seed(seed), tick, team)
 
 
 def everything(unit):
@@ -134,10 +135,10 @@ def test_one_iteration_is_one_step_of_adam(unit, float_unit, data, group, p):
     loss = (forward(data.quantized[0]) - data.target).abs().pow(p).sum(1).mean()
     loss.backward()
     expected = [x.detach() - 0.01 * x.grad / (x.grad.abs() + 1e-8) for x in learned]
-    history = learn(unit, float_unit, data, stage)
+    losses = learn(unit, float_unit, data, stage)
     for mine, theirs in zip(current(unit, group), expected, strict=True):
         torch.testing.assert_close(mine.data, theirs, rtol=1e-9, atol=1e-9)
-    assert history.losses == [(0, pytest.approx(loss.item()))]
+    assert losses == [(0, pytest.approx(loss.item()))]
 
 
 def test_several_groups_learn_at_their_own_rates_and_schedules(unit, float_unit, data):
@@ -203,12 +204,12 @@ def test_each_sample_learns_the_scales_of_its_timestep(unit, float_unit, data):
             layer.act_quantizer.set_grid(torch.tensor(scale, dtype=torch.float64), torch.tensor(0.0), group)
     fresh, groups = copy.deepcopy(unit), {"scale": [q.scale for q in act_quantizers(unit).values()]}
     data.t.fill_(120.0)
-    history = optimise(unit, data, whole("scale", 0.01), groups, table, torch.Generator())
+    losses = optimise(UnitTask(unit, data, whole("scale", 0.01), groups, table), torch.Generator())
     for quantizer in act_quantizers(fresh).values():
         quantizer.scale.fill_(0.3)
     with next(iter(act_quantizers(fresh).values())).steps.at(data.t):
         expected = (fresh(data.quantized[0]) - data.target).square().sum(1).mean()
-    assert history.losses[0][1] == pytest.approx(expected.item(), rel=1e-6)
+    assert losses[0][1] == pytest.approx(expected.item(), rel=1e-6)
     assert all(scale[0] == 0.9 and abs(scale[1] - 0.3) > 0.005 for scale in groups["scale"])
     assert table.index is None
 
@@ -309,24 +310,24 @@ def test_mixed_inputs_take_each_element_of_the_first_argument_from_either_prefix
 
 def test_with_everything_dropped_activations_are_float(unit, float_unit, data):
     """Weights on the grid, activations as they come: the loss of a unit without activation quantizers."""
-    history = learn(unit, float_unit, data, whole("scale", 1e-3, drop=1.0))
+    losses = learn(unit, float_unit, data, whole("scale", 1e-3, drop=1.0))
     for quantizer in act_quantizers(unit).values():
         quantizer.enabled = False
     expected = (unit(data.quantized[0]) - data.target).square().sum(1).mean()
-    assert history.losses[0][1] == pytest.approx(expected.item(), rel=FLOAT32)
+    assert losses[0][1] == pytest.approx(expected.item(), rel=FLOAT32)
 
 
 def test_taps_add_the_errors_of_all_layers_but_the_last_called(unit, float_unit, data):
     """Layer targets are the float unit's on float-prefix inputs (methods §2.3)."""
     fresh = copy.deepcopy(unit)
-    history = learn(unit, float_unit, data, whole("scale", 1e-3, loss=Loss(2.4, taps=0.8)))
+    losses = learn(unit, float_unit, data, whole("scale", 1e-3, loss=Loss(2.4, taps=0.8)))
 
     def l24(a, b):
         return (a - b).abs().pow(2.4).sum(1).mean()
 
     outer = l24(fresh(data.quantized[0]), data.target)
     inner = l24(fresh.first(data.quantized[0]), float_unit.first(data.float_[0]))
-    assert history.losses[0][1] == pytest.approx((outer + 0.8 * inner).item(), rel=FLOAT32)
+    assert losses[0][1] == pytest.approx((outer + 0.8 * inner).item(), rel=FLOAT32)
     assert inner > 0.01 * outer
 
 
@@ -334,7 +335,7 @@ def test_taps_of_a_single_layer_add_nothing(float_unit, data):
     first = quantize(float_unit.first)
     single = UnitData(data.quantized, data.float_, float_unit.first(data.float_[0]), data.t)
     losses = [
-        learn(copy.deepcopy(first), float_unit.first, single, whole("bias", 1e-3, loss=Loss(taps=taps))).losses[0][1]
+        learn(copy.deepcopy(first), float_unit.first, single, whole("bias", 1e-3, loss=Loss(taps=taps)))[0][1]
         for taps in (0.0, 5.0)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
@@ -343,7 +344,7 @@ def test_taps_of_a_single_layer_add_nothing(float_unit, data):
 def test_dropout_is_active_in_train_mode_only_and_draws_from_the_stages_generator(unit, float_unit, data):
     def loss(seed, train_mode):
         stage = whole("bias", 1e-3)
-        return learn(copy.deepcopy(unit), float_unit, data, stage, seed, train_mode=train_mode).losses[0][1]
+        return learn(copy.deepcopy(unit), float_unit, data, stage, seed, train_mode=train_mode)[0][1]
 
     plain = loss(0, False)
     assert loss(1, False) == pytest.approx(plain, rel=1e-12)

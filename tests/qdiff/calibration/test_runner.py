@@ -237,12 +237,13 @@ def captured(monkeypatch):
     read at the time of the call."""
     calls, optimise = [], qdiff.calibration.stages.optimise
 
-    def spy(unit, data, stage, groups, *args, **options):
+    def spy(task, *args, **options):
+        data = task.data
         every = torch.arange(len(data.t))
         sources = {key: getattr(data, key) and take_rows(getattr(data, key), every) for key in ("quantized", "float_")}
         read = UnitData(**sources, target=data.target[every], t=data.t)
-        calls.append({"unit": unit, "data": read, "groups": groups, **options})
-        return optimise(unit, data, stage, groups, *args, **options)
+        calls.append({**vars(task), "data": read, **options})
+        return optimise(task, *args, **options)
 
     monkeypatch.setattr(qdiff.calibration.stages, "optimise", spy)
     return calls
