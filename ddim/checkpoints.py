@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from ddim.layouts import find_state, require_float_names
+
 
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint file by name, on the CPU, each read when it is asked for; a context manager.
@@ -48,17 +50,29 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Opens a `.safetensors` file, a state dict saved by torch, or a PyTorch Lightning checkpoint (its `state_dict`).
+    """Opens a `.safetensors` file, or what torch saved: a state dict, or a training checkpoint (`ddim.layouts`).
 
     Raises FileNotFoundError, and ValueError for a damaged file, a file with other contents, or one that holds objects
-    of a class that is not on the list, which it names; such an object is never made.
+    of a class that is not on the list, which it names; such an object is never made. Raises ValueError for quantized
+    weights too, by the scales beside them.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    if path.suffix == ".safetensors":
-        return _SafetensorsFile(path)
-    return _PickledFile(path)
+    checkpoint = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickledFile(path)
+    require_float_names(checkpoint, path)
+    return checkpoint
+
+
+def require_float(name: str, value: Tensor, path: object) -> None:
+    """Raise ValueError naming the file and the tensor where a float parameter's value is of integers, or not finite."""
+    if not value.is_floating_point():
+        raise ValueError(f"{path}: {name}: expected floating-point numbers, found {str(value.dtype)[6:]}")
+    if value.element_size() == 1:
+        value = value.float()  # float8 has few operators
+    if value.numel() and not all(end.isfinite() for end in value.aminmax()):  # which takes no memory
+        count = int((~value.isfinite()).sum())
+        raise ValueError(f"{path}: {name}: expected finite numbers, found {count} of {value.numel()} NaN or infinite")
 
 
 class _SafetensorsFile(Checkpoint):
@@ -96,7 +110,7 @@ class _SafetensorsFile(Checkpoint):
 class _PickledFile(Checkpoint):
     def __init__(self, path: Path):
         super().__init__(path)
-        self._state = _state_dict(_unpickle(path), path)
+        self._state = find_state(_unpickle(path), path)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
@@ -109,21 +123,6 @@ class _PickledFile(Checkpoint):
 
     def close(self) -> None:
         self._state = {}
-
-
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # the rest of a Lightning checkpoint is of no use without its training
-    if not isinstance(content, dict) or not all(_is_entry(name, value) for name, value in content.items()):
-        kind = "a dictionary of other objects" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{path} is not a readable checkpoint: expected a state dict of tensors, found {kind}")
-    return {name: value.detach() for name, value in content.items()}
-
-
-def _is_entry(name: object, value: object) -> bool:
-    if not isinstance(name, str) or not isinstance(value, Tensor):
-        return False
-    return value.is_cpu and value.layout == torch.strided and not value.is_quantized  # no meta, no sparse tensors
 
 
 def _unpickle(path: Path) -> object:

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from ddim import chain
 from ddim.chain import Segment, State
 from ddim.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm_silu, timestep_embedding
+from ddim.limits import BLOCKS, LEVELS, SIDE, TIMESTEPS, WIDTH, check_limits
+
+LIMITS = {
+    **dict.fromkeys(("in_channels", "out_ch", "ch", "ch_mult"), WIDTH),
+    "levels": LEVELS,
+    "num_res_blocks": BLOCKS,
+    "image_size": SIDE,
+    "num_diffusion_timesteps": TIMESTEPS,
+}
 
 
 class Level(nn.Module):
@@ -54,7 +63,7 @@ class DDPMUNet(nn.Module):
             "conv_shortcut": conv_shortcut,
             "num_diffusion_timesteps": num_diffusion_timesteps,
         }
-        _check_sizes(ch, len(ch_mult), image_size)
+        _check_sizes(self.config)
         self.num_diffusion_timesteps = num_diffusion_timesteps
         self.image_size = image_size
         self.widths = [ch * m for m in ch_mult]
@@ -171,7 +180,11 @@ class DDPMUNet(nn.Module):
         return self.widths[i - 1] if i > 0 else self.config["ch"]
 
 
-def _check_sizes(ch: int, levels: int, image_size: int) -> None:
+def _check_sizes(config: dict) -> None:
+    ch, levels, image_size = config["ch"], len(config["ch_mult"]), config["image_size"]
+    check_limits(config | {"levels": levels}, LIMITS)
+    widths = {"ch * ch_mult": [ch * mult for mult in config["ch_mult"]]}
+    check_limits(widths, dict.fromkeys(widths, WIDTH))
     if ch < 1 or ch % 32:
         raise ValueError(f"ch must be a positive multiple of 32 (group norm has 32 groups), found {ch}")
     if levels < 1:

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ddim.checkpoints import first_names, one_line, open_checkpoint
+from ddim.checkpoints import first_names, one_line, open_checkpoint, require_float
 from ddim.network import DDPMUNet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -130,13 +130,19 @@ def load_pretrained(config: DictConfig, dtype: torch.dtype = torch.float32) -> t
 
 def load_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name. Half precision becomes float32. Raises what `open_checkpoint` raises."""
-    half = (torch.float16, torch.bfloat16)
     with open_checkpoint(path) as checkpoint:
-        return {name: value.float() if value.dtype in half else value for name, value in checkpoint.items()}
+        return {name: value.float() if _is_narrow(value) else value for name, value in checkpoint.items()}
+
+
+def _is_narrow(value: Tensor) -> bool:
+    return value.is_floating_point() and value.element_size() < 4
 
 
 def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Copies `state` into the network, strictly. Raises ValueError naming `path` and what does not fit."""
+    """Copies `state` into the network, strictly.
+
+    Raises ValueError naming `path` and what does not fit, or a tensor of integers or of numbers that are not finite.
+    """
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in state],
@@ -150,6 +156,8 @@ def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str |
     found = [f"{len(names)} {kind}: {first_names(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{path} does not fit the network: {'; '.join(found)}")
+    for name, value in state.items():
+        require_float(name, value, path)
     network.load_state_dict(state)
 
 

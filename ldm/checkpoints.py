@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ddim.checkpoints import Checkpoint, first_names, open_checkpoint
+from ddim.checkpoints import Checkpoint, first_names, open_checkpoint, require_float
 
 __all__ = ["Checkpoint", "load_into", "open_checkpoint"]
 
@@ -23,14 +23,18 @@ def load_into(
     Reads one tensor at a time. What the module still has on the meta device gets its memory here, and must be in the
     source. Names are those of `module.state_dict()`. Returns the names in the source that were used.
     Raises ValueError naming the file and the first few names that are missing or of another shape; the module is then
-    as it was.
+    as it was. Raises ValueError for a parameter's tensor that holds integers, or numbers that are not finite, while it
+    copies.
     """
     found = _match(module, source, prefix, optional, rename)
     _give_memory(module)
-    targets = module.state_dict(keep_vars=True)
+    targets, path = module.state_dict(keep_vars=True), getattr(source, "path", "the checkpoint")
     with torch.no_grad():
         for name, source_name in found.items():
-            targets[name].copy_(source[source_name])
+            value = source[source_name]
+            if isinstance(targets[name], nn.Parameter):  # a buffer may hold a mask of -inf
+                require_float(source_name, value, path)
+            targets[name].copy_(value)
     return set(found.values())
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ddim.checkpoints import Checkpoint, first_names, one_line
+from ddim.schedules import cumulative_alphas
 from ldm.checkpoints import load_into, open_checkpoint
 from ldm.util import instantiate_from_config
 
@@ -134,9 +135,25 @@ def load_model(
         known = used.union(model.state_dict())  # moving averages leave the weights they replace unused
         skipped = () if network else OF_NETWORK
         unknown = [n for n in source if n not in known and not _is_known(n) and not n.startswith(skipped)]
+        _warn_of_another_schedule(model, source)
         if unknown:
             logger.warning("%s: ignored %d unknown tensors: %s", source.path, len(unknown), first_names(unknown))
     return model.eval().requires_grad_(False)
+
+
+def _warn_of_another_schedule(model: LatentDiffusion, source: Checkpoint) -> None:
+    """Say it where the file's own schedule is not the configuration's, which counts."""
+    if "alphas_cumprod" not in source:
+        return
+    stored, expected = source["alphas_cumprod"], cumulative_alphas(model.betas)
+    if stored.shape != expected.shape:
+        logger.warning("%s: alphas_cumprod has %d steps, the configuration %d", source.path, len(stored), len(expected))
+        return
+    rounding = 4 * torch.finfo(stored.dtype).eps if stored.is_floating_point() else 0.0
+    largest = (stored.double() - expected).abs().max().item()
+    if not largest <= rounding + 1e-6:  # schedules made in float32 are off by that much
+        differs = "alphas_cumprod differs by up to %.3g from that of the configuration, which is used"
+        logger.warning("%s: " + differs, source.path, largest)
 
 
 def _for_sampling(config: DictConfig, checkpoint: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Noise schedules of the latent-diffusion family, under the names its configurations use. Everything in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,30 @@ BETA_SCHEDULES: dict[str, Schedule] = {
     "sqrt_linear": _sqrt_linear,
     "sqrt": _sqrt,
 }
+
+
+SETTINGS = ("timesteps", "beta_schedule", "linear_start", "linear_end", "cosine_s", "given_betas")
+
+
+def betas_of(params: Mapping[str, Any]) -> Tensor:
+    """β_t [T] float64 of a model's parameters, in every form that a configuration has: `SETTINGS`, each optional.
+
+    Raises ValueError for values that make no schedule, and for `given_betas` of another number than `timesteps`.
+    """
+    found = {key: params[key] for key in SETTINGS if params.get(key) is not None}
+    if "given_betas" not in found:
+        ends = (found.get("linear_start", 1e-4), found.get("linear_end", 2e-2), found.get("cosine_s", 8e-3))
+        return beta_schedule(found.get("beta_schedule", "linear"), found.get("timesteps", 1000), *ends)
+    try:
+        betas = torch.tensor([float(beta) for beta in found["given_betas"]], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"given_betas: expected a list of numbers, found {found['given_betas']!r:.80}") from error
+    if len(betas) != found.get("timesteps", len(betas)):
+        raise ValueError(f"given_betas: expected {found['timesteps']} numbers as timesteps, found {len(betas)}")
+    if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+        ends = f"{betas.min().item():g} to {betas.max().item():g}" if len(betas) else "none"
+        raise ValueError(f"given_betas: expected numbers strictly between 0 and 1, found {ends}")
+    return betas
 
 
 def beta_schedule(

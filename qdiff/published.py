@@ -42,12 +42,26 @@ class Published:
             raise ValueError(
                 f"{path}: expected a Q-Diffusion checkpoint (model.<layer>.weight_quantizer.delta, ...), found {found}"
             )
+        self._check_numbers()
         self._check_weights()
         try:
             about = getattr(content, "_metadata", {}).get("", {}).get(RECIPE_KEY)
             self.recipe = None if about is None else Recipe.from_dict(json.loads(about))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the recipe it brings cannot be read: {error}") from error
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError naming a tensor with numbers that are not finite, or a scale that is not positive."""
+        for key, value in self.state.items():
+            if not value.is_floating_point() or value.numel() == 0:
+                continue
+            low, high = value.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(
+                    f"{self.path}: {key}: expected finite numbers, found {low.item():g} to {high.item():g}"
+                )
+            if key.endswith(".delta") and not low > 0:
+                raise ValueError(f"{self.path}: {key}: expected scales above 0, found {low.item():g}")
 
     def _check_weights(self) -> None:
         """Raise ValueError naming the first tensor of a weight that is missing or does not fit the others."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.pretrained import load_config
+from ldm.schedules import betas_of
 
 IS_FIRST_STAGE = "__is_first_stage__"  # which then encodes images that condition
 PARTS = {
@@ -18,8 +19,6 @@ PARTS = {
     "first_stage_config": ("AutoencoderKL", "VQModel", "VQModelInterface", "IdentityFirstStage"),
     "cond_stage_config": ("FrozenCLIPEmbedder", "BERTEmbedder", "ClassEmbedder"),
 }
-# What LatentDiffusion assumes where a configuration leaves it out.
-DEFAULTS = {"timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2}
 
 
 def read_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DictConfig:
@@ -35,9 +34,11 @@ def read_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DictC
     values = OmegaConf.to_container(config, resolve=True)
     model = Settings(path, "model", values["model"])
     model.class_("target", ("LatentDiffusion",))
-    for key, value in DEFAULTS.items():
-        config.model.params[key] = values["model"]["params"].setdefault(key, value)
     _check_params(model.section("params"))
+    try:
+        config.model.params.timesteps = len(betas_of(values["model"]["params"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: model.params: {error}") from error
     return config
 
 
@@ -102,10 +103,13 @@ class Settings:
 
 
 def _check_params(params: Settings) -> None:
-    for key in ("image_size", "channels", "timesteps"):
+    for key in ("image_size", "channels"):
         params.whole(key)
-    for key in ("linear_start", "linear_end"):
-        params.number(key)
+    for key in ("linear_start", "linear_end", "cosine_s"):
+        if params.values.get(key) is not None:
+            params.number(key)
+    if params.values.get("timesteps") is not None:
+        params.whole("timesteps")
     parts = {key: params.section(key) for key in ("unet_config", "first_stage_config")}
     if params.values.get("cond_stage_config") != UNCONDITIONAL:
         if params.values.get("cond_stage_config") == IS_FIRST_STAGE:

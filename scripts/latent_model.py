@@ -33,7 +33,7 @@ from ldm.models.diffusion.models import LatentDiffusion
 from ldm.pipeline import Pipeline
 from ldm.pretrained import build_network, load_model
 from ldm.samplers import sampler_timesteps
-from ldm.schedules import beta_schedule
+from ldm.schedules import betas_of
 from qdiff.adapters import adapter_for
 from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs, warn_of_other_sampler
 from qdiff.calibration.trajectories import Trajectories, concatenate
@@ -76,12 +76,11 @@ def make_pipeline(config: DictConfig, size: tuple[int, int], steps_flag: str, **
     Raises ValueError for wrong options, naming the flag that gave `steps` where it is to blame.
     """
     params = config.model.params
+    betas = betas_of(params)
     try:
-        sampler_timesteps(options["sampler"], steps=options["steps"], num_timesteps=params.timesteps)
+        sampler_timesteps(options["sampler"], steps=options["steps"], num_timesteps=len(betas))
     except ValueError as error:
         raise ValueError(f"{steps_flag}: {error}") from error
-    schedule = {key: params[key] for key in ("linear_start", "linear_end", "cosine_s") if key in params}
-    betas = beta_schedule(params.get("beta_schedule", "linear"), params.timesteps, **schedule)
     return Pipeline((params.channels, *size), betas, **options)
 
 

@@ -35,6 +35,7 @@ def _sizes(value: object) -> bool:
     return isinstance(value, list) and all(map(_whole, value))
 
 
+PICTURE_CHANNELS = (1, 3)
 # What the values of a configuration must be, where it has them.
 CONFIG_VALUES: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("data.image_size", "data.channels"), ("a whole number", _whole)),
@@ -114,6 +115,9 @@ def read_config(args: argparse.Namespace) -> DictConfig:
         found = ", ".join(map(str, sorted(channels)))
         names = "data.channels, model.in_channels, model.out_ch"
         raise ValueError(f"{args.config}: {names}: expected the same number, found {found}")
+    if plain["data"]["channels"] not in PICTURE_CHANNELS:
+        expected = "1 (grey) or 3 (RGB), which pictures can be made of"
+        raise ValueError(f"{args.config}: data.channels: expected {expected}, found {plain['data']['channels']}")
     if not isinstance(plain.get("pretrained", ""), str | None):
         raise ValueError(f"{args.config}: pretrained: expected a name or a path, found {plain['pretrained']!r}")
     try:

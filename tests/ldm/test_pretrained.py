@@ -7,9 +7,11 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
+from ddim.schedules import cumulative_alphas
 from ldm.models.diffusion.models import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.pretrained import build_network, find_checkpoint, find_config, load_config, load_model
+from ldm.schedules import betas_of
 from ldm.util import instantiate_from_config
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -201,10 +203,57 @@ def test_published_names_that_sampling_has_no_use_for_are_ignored_silently(state
     schedule += ["posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "lvlb_weights"]
     extra = {name: torch.full((1000,), 7.0) for name in [*schedule, "logvar", "first_stage_model.loss.logvar"]}
     config, _ = bundled("cifar10-ldm", f"model.params.use_ema={use_ema}")
+    extra["alphas_cumprod"] = cumulative_alphas(betas_of(config.model.params)).half()  # rounding is no contradiction
     with caplog.at_level(logging.INFO):
         model = load_model(config, lightning({**with_averages(states["cifar10-ldm"]), **extra}))
     assert not [record for record in caplog.records if record.name.startswith(("ldm", "ddim"))]
     assert float(model.betas.max()) < 0.02
+
+
+def test_another_schedule_in_the_file_is_a_warning(states, lightning, caplog):
+    """A terminal signal-to-noise ratio of zero, which the configuration does not say."""
+    config, _ = bundled("cifar10-ldm")
+    alphas = cumulative_alphas(betas_of(config.model.params))
+    path = lightning({**states["cifar10-ldm"], "alphas_cumprod": (alphas - alphas[-1]).float()})
+    load_model(config, path)
+    differs = f"differs by up to {alphas[-1].item():.3g} from that of the configuration, which is used"
+    assert caplog.messages == [f"{path}: alphas_cumprod {differs}"]
+    caplog.clear()
+    load_model(config, lightning({**states["cifar10-ldm"], "alphas_cumprod": alphas[:10].float()}))
+    assert caplog.messages == [f"{path}: alphas_cumprod has 10 steps, the configuration 1000"]
+
+
+BAD = {"nan": float("nan"), "inf": float("inf")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "first_stage_model.decoder.conv_out.bias",
+        "model_ema.diffusion_modelout2weight",
+    ],
+)
+@pytest.mark.parametrize("bad", BAD)
+def test_numbers_that_are_not_finite_are_refused(states, lightning, name, bad):
+    state = with_averages(states["cifar10-ldm"])
+    state[name] = state[name].clone()
+    state[name].view(-1)[1] = BAD[bad]
+    path = lightning(state)
+    expected = f"expected finite numbers, found 1 of {state[name].numel()} NaN or infinite"
+    config, _ = bundled("cifar10-ldm", f"model.params.use_ema={name.startswith('model_ema')}")
+    fails(ValueError, lambda: load_model(config, path), path, name, expected)
+
+
+def test_integers_and_quantized_weights_are_refused(states, tmp_path):
+    config, _ = bundled("cifar10-ldm")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    state = {**states["cifar10-ldm"], name: (states["cifar10-ldm"][name] * 100).to(torch.int8)}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    fails(ValueError, lambda: load_model(config, path), path, name, "expected floating-point numbers, found int8")
+    save_file({**state, "model.diffusion_model.input_blocks.0.0.scale_weight": torch.ones(1)}, path)
+    fails(ValueError, lambda: load_model(config, path), path, "0.0.scale_weight belongs to a quantized weight")
 
 
 def test_unknown_names_are_a_warning(states, lightning, caplog):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ddim.schedules import cumulative_alphas
-from ldm.schedules import BETA_SCHEDULES, beta_schedule
+from ldm.models.diffusion.models import DDPM
+from ldm.schedules import BETA_SCHEDULES, beta_schedule, betas_of
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,39 @@ def test_every_schedule_is_named_in_the_error():
 def test_impossible_schedules_are_refused(name, num, start, end, match):
     with pytest.raises(ValueError, match=match):
         beta_schedule(name, num, start, end)
+
+
+GIVEN = {"timesteps": 3, "given_betas": [0.1, 0.2, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, beta_schedule("linear", 1000, 1e-4, 2e-2)),
+        ({"timesteps": 9, "beta_schedule": "cosine", "cosine_s": 0.1}, beta_schedule("cosine", 9, 1, 1, 0.1)),
+        ({"linear_start": 0.01, "linear_end": 0.2, "beta_schedule": None}, beta_schedule("linear", 1000, 0.01, 0.2)),
+        (GIVEN | {"linear_start": 0.01}, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)),
+        ({"given_betas": [0.1, 0.2]}, torch.tensor([0.1, 0.2], dtype=torch.float64)),
+    ],
+    ids=["defaults", "cosine", "linear", "given", "given alone"],
+)
+def test_every_form_that_a_configuration_has(params, expected):
+    """One place reads it for the model, the sampling scripts and calibration."""
+    assert torch.equal(betas_of(params), expected)
+    unet = {"target": "torch.nn.Identity"}
+    assert torch.equal(DDPM(unet, use_ema=False, **params).betas, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ([0.1, 0.2], "expected 3 numbers as timesteps, found 2"),
+        ([0.1, 0.2, 1.0], "strictly between 0 and 1, found 0.1 to 1"),
+        ([0.1, 0.2, float("nan")], "strictly between 0 and 1"),
+        (["a", "b", "c"], "expected a list of numbers"),
+        (7, "expected a list of numbers, found 7"),
+    ],
+)
+def test_given_betas_that_make_no_schedule(given, complaint):
+    with pytest.raises(ValueError, match=f"^given_betas: .*{complaint}"):
+        betas_of(GIVEN | {"given_betas": given})

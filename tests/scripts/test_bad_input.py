@@ -115,6 +115,7 @@ def test_no_configuration(fails, tmp_path):
         ("image_size: 16", "image_size: 15", ("image_size", "15")),
         ("image_size: 16", "image_size: '16'", ("data.image_size", "'16'")),
         ("channels: 3, r", "channels: 1, r", ("data.channels", "model.in_channels", "1, 3")),
+        ("ch_mult: [1, 2]", "ch_mult: [1000000]", ("ch_mult", "32768", "1000000")),
         ("batch_size: 2", "batch_size: 0", ("sampling.batch_size", "0")),
         ("batch_size: 2", "size: 2", ("sampling.batch_size", "missing")),
         ("dropout: 0.1", "dropout: 7", ("model.dropout", "7")),
@@ -137,6 +138,17 @@ def test_a_wrong_configuration(tiny, fails, tmp_path, old, new, names):
     shutil.copy(tiny.weights, tmp_path)
     line = fails(model=("--config", "wrong.yml", "--use_pretrained", "--timesteps", 4), names=names)
     assert "wrong.yml" in line or "tiny.safetensors" in line or "nope.ckpt" in line
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_which_no_picture_can_be_made(tiny, fails, tmp_path, channels):
+    """Refused with the configuration, not at the first picture, after a calibration."""
+    text = tiny.config.read_text()
+    for name in ("channels: ", "in_channels: ", "out_ch: "):
+        text = text.replace(f"{name}3", f"{name}{channels}")
+    (tmp_path / "wrong.yml").write_text(text)
+    names = ("wrong.yml", "data.channels", "1 (grey) or 3 (RGB)", channels)
+    fails(model=("--config", "wrong.yml", "--use_pretrained"), names=names)
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "words", "\x00"], ids=["empty", "list", "words", "binary"])

@@ -196,6 +196,10 @@ EITHER_CONFIG = {
     "channels": (given(5, *PARAMS, "channels"), ("unet_config.params.in_channels", "5 as model.params.channels")),
     "timesteps": (given(0, *PARAMS, "timesteps"), ("model.params.timesteps", "at least 1", "0")),
     "linear_start": (given("low", *PARAMS, "linear_start"), ("model.params.linear_start", "a number", "'low'")),
+    "given_betas": (
+        given([0.1], *PARAMS, "given_betas"),
+        ("model.params: given_betas", "1000", "found 1"),
+    ),
     "betas": (given(7, *PARAMS, "linear_start"), ("betas", "7")),
     "no-unet": (without(*UNET), ("model.params.unet_config", "a section")),
     "unet-target": (given("torch.nn.Identity", *UNET, "target"), ("unet_config.target", "UNetModel", "torch.nn")),

@@ -85,7 +85,7 @@ class DDPM(nn.Module):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        timesteps: int = 1000,
+        timesteps: int | None = None,  # 1000, or the number of given_betas
         beta_schedule: str = "linear",  # a name of ldm.schedules; a pixel model's linear betas are "sqrt_linear"
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
@@ -112,10 +112,9 @@ class DDPM(nn.Module):
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type {loss_type!r}: expected one of {', '.join(LOSSES)}")
         with torch.device("cpu"):  # even where the model is built without memory for its weights
-            if given_betas is None:
-                betas = schedules.beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-            else:
-                betas = torch.tensor([float(beta) for beta in given_betas], dtype=torch.float64)
+            ends = {"linear_start": linear_start, "linear_end": linear_end, "cosine_s": cosine_s}
+            asked = {"timesteps": timesteps, "beta_schedule": beta_schedule, "given_betas": given_betas, **ends}
+            betas = schedules.betas_of(asked)
         self.betas = betas  # [T] float64: no buffer, since those follow the module's precision
         self.loss_type = loss_type
         self.monitor = monitor

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddim import chain
+from ddim.limits import BLOCKS, CLASSES, LEVELS, TIMESTEPS, WIDTH, check_limits
 from ldm.modules.attention import SpatialTransformer, zeroed
 from ldm.modules.diffusionmodules.blocks import (
     AttentionBlock,
@@ -17,6 +18,15 @@ from ldm.modules.diffusionmodules.blocks import (
     timestep_embedding,
 )
 from ldm.modules.diffusionmodules.chain import LatentState, Segment, and_keep
+
+LIMITS = {
+    **dict.fromkeys(("in_channels", "out_channels", "model_channels", "channel_mult", "context_dim"), WIDTH),
+    "levels": LEVELS,
+    "num_res_blocks": BLOCKS,
+    "transformer_depth": BLOCKS,
+    "num_classes": CLASSES,
+    "num_diffusion_timesteps": TIMESTEPS,
+}
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -222,6 +232,9 @@ def _single(context_dim: int | Sequence[int] | None) -> int | None:
 
 def _check(config: dict) -> None:
     """Raise ValueError for sizes that make no network, and for options that this network does not have."""
+    check_limits(config | {"levels": len(config["channel_mult"])}, LIMITS)
+    widths = {"model_channels * channel_mult": [config["model_channels"] * mult for mult in config["channel_mult"]]}
+    check_limits(widths, dict.fromkeys(widths, WIDTH))
     if config["model_channels"] < 1 or config["model_channels"] % 32:
         found = config["model_channels"]
         raise ValueError(f"model_channels must be a positive multiple of 32 (group norm has 32 groups), found {found}")
