@@ -30,21 +30,37 @@ def run(
 ) -> Tensor:
     """Drives a sampler with network(x, t) -> predicted noise. Returns the final x, [N, C, H, W].
 
-    `observe` sees each call before the network does. Gradients follow the caller's mode.
+    `observe` sees each call before the network does. Gradients follow the caller's mode. Raises ValueError naming the
+    step whose prediction has numbers that are not finite: on a GPU after the last step, since to look is to wait.
     """
-    eps = None
+    eps, checks = None, []
     while True:
         try:
             call = sampler.send(eps)
         except StopIteration as end:
+            _require_finite(checks)
             return end.value
         if observe is not None:
             observe(call)
         eps = network(call.x, call.t)
+        checks.append((call.step, call.t, eps.detach().isfinite().all()))
+        if eps.is_cpu:
+            _require_finite(checks[-1:])
+
+
+def _require_finite(checks: list[tuple[int, Tensor, Tensor]]) -> None:
+    """checks: (step, its timesteps [N], whether the prediction is finite []). One transfer for all of them."""
+    if not checks or torch.stack([finite for _, _, finite in checks]).all():
+        return
+    step, t = next((step, t) for step, t, finite in checks if not finite)
+    found = "NaN or infinite values"
+    raise ValueError(f"sampling: expected finite predictions, found {found} at step {step} (t = {t.max().item():g})")
 
 
 def to_images(x: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], clamped."""
+    """[-1, 1] -> [0, 1], clamped. Raises ValueError for numbers that are not finite, which no picture can show."""
+    if not x.isfinite().all():
+        raise ValueError("sampling: expected finite images, found NaN or infinite values")
     return ((x + 1) / 2).clamp(0, 1)
 
 

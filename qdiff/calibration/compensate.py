@@ -114,6 +114,8 @@ def compensate_unit(
         with recording_inputs(layer, moment.add):
             for _ in frontier.batch_outputs(name):
                 pass
+        if not moment.total.isfinite().all():
+            raise ValueError(f"{layer_name}: expected finite inputs, found NaN or infinite ones")
         codes, bases[layer_name] = compensate(layer, bases[layer_name], moment.total, options)
         layer.freeze(codes)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from qdiff.arithmetic import quantize
 from qdiff.spec import QuantSpec
 
-INT32_MAX = 2**31 - 1
 FLOAT32_WHOLE, FLOAT64_WHOLE = 2**24, 2**53  # up to there a float holds every whole number
 
 
@@ -25,18 +24,18 @@ def centred_codes(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 
 
 def accumulate(a: Tensor, w: Tensor, terms: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The sums of products of two tensors of whole numbers, int32.
+    """The sums of products of two tensors of whole numbers, int64.
 
     product: a bilinear map of (a, w), a convolution or matrix product with `terms` terms in each of its sums. It is
     carried out in floating point wide enough that every partial sum, in whatever order, is exact. Raises ValueError
-    where a sum may not fit int32.
+    where float64 is not, for sums beyond 2^53.
     """
     bound = terms * _largest(a) * _largest(w)
-    if bound > INT32_MAX:
-        raise ValueError(f"integer product: sums of {terms} products may reach {bound}, which int32 does not hold")
+    if bound > FLOAT64_WHOLE:
+        raise ValueError(f"integer product: sums of {terms} products may reach {bound}, which float64 does not hold")
     # Accelerators may take float32 products in a narrower format (TF32).
     dtype = torch.float32 if a.is_cpu and bound <= FLOAT32_WHOLE else torch.float64
-    return product(a.to(dtype), w.to(dtype)).to(torch.int32)
+    return product(a.to(dtype), w.to(dtype)).to(torch.int64)
 
 
 def _largest(x: Tensor) -> int:

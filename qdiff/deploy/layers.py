@@ -125,7 +125,7 @@ class IntegerPart(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """y = sum over parts of s_w s_a sum (q_w - z_w)(q_a - z_a), plus bias; sums in int32.
+    """y = sum over parts of s_w s_a sum (q_w - z_w)(q_a - z_a), plus bias; sums are exact.
 
     Where the input has no grid, or one per channel, the snapped input meets the dequantized weight of one layer at a
     time.
@@ -153,7 +153,7 @@ class IntegerLayer(nn.Module):
         raise TypeError(f"{type(self).__name__} has no rows")
 
     def accumulators(self, part: IntegerPart, x: Tensor) -> Tensor:
-        """x: the part's input, float. Returns the int32 sums of its products of codes, of the output's shape."""
+        """x: the part's input, float. Returns the int64 sums of its products of codes, of the output's shape."""
         return accumulate(part.grid.centred(x), part.centred(), part.terms, self.product)
 
     def forward_part(self, part: IntegerPart, x: Tensor) -> Tensor:

@@ -270,3 +270,35 @@ def test_an_error_in_the_network_is_not_swallowed(x, betas):
 
 def test_to_images_maps_and_clamps():
     assert to_images(torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_a_prediction_that_is_not_finite_stops_the_run(name, bad):
+    """With the step in a line; samplers that clip would hide an infinite one."""
+    betas, seen = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), []
+
+    def network(x, t):
+        seen.append(t.max().item())
+        eps = torch.zeros_like(x)
+        if len(seen) == 2:
+            eps[1, 0, 0, 0] = bad
+        return eps
+
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    sampler = make_sampler(
+        name, x, steps=4, skip_type="uniform", betas=betas, eta=0.0, noise=lambda: torch.zeros(2, 3, 4, 4)
+    )
+    with pytest.raises(
+        ValueError, match=r"^sampling: expected finite predictions, found NaN or infinite values at step"
+    ) as error:
+        run(sampler, network)
+    assert f"(t = {seen[1]:g})" in str(error.value) and len(seen) == 2
+
+
+def test_an_image_that_is_not_finite_is_no_image():
+    with pytest.raises(ValueError, match="^sampling: expected finite images, found NaN or infinite values$"):
+        to_images(torch.tensor([0.0, float("inf")]))

@@ -6,6 +6,8 @@ import numpy as np
 
 from qdiff.deploy.onnx.plans import Codes, Grid, PartPlan
 
+MAX_DEPTH = 33000  # products in a sum that int32 holds, of up to 255 * 255 each
+
 
 def codes_multiply(a: Grid | None, b: Grid | None) -> bool:
     """Whether both grids have codes of a byte, zero points included, and one scale."""
@@ -15,7 +17,8 @@ def codes_multiply(a: Grid | None, b: Grid | None) -> bool:
 def is_integer(part: PartPlan) -> bool:
     """Whether the part is a product of bytes."""
     whole = part.act is not None and not part.act.per_channel and part.act.bits <= 8 and part.act.in_range
-    return whole and int8_matrix(part.weight) is not None
+    matrix = int8_matrix(part.weight) if whole else None
+    return matrix is not None and len(matrix[0]) <= MAX_DEPTH
 
 
 def window_matrix(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import nn
 
 from ddim.attention import DotProductAttention
-from qdiff.deploy.integer import INT32_MAX, accumulate, centred_codes
+from qdiff.deploy.integer import accumulate, centred_codes
 from qdiff.deploy.layers import IntegerAttention, integer_layer
 from qdiff.layers import QUANT_LAYERS, QuantAttention
 from qdiff.packing import pack_codes
@@ -36,7 +36,7 @@ def test_sums_are_those_of_whole_numbers(generator, largest):
     found = accumulate(a.float(), w, 360, lambda a, w: F.conv2d(a, w, padding=1, stride=2))
     patches = F.unfold(a.double(), 3, padding=1, stride=2).long()  # [N, C * 9, L]
     expected = torch.einsum("ok,nkl->nol", w.flatten(1).long(), patches).view(2, 5, 5, 5)
-    assert found.dtype == torch.int32 and torch.equal(found.long(), expected)
+    assert found.dtype == torch.int64 and torch.equal(found, expected)
 
 
 def test_the_largest_sums_that_float32_holds_are_exact():
@@ -45,11 +45,17 @@ def test_the_largest_sums_that_float32_holds_are_exact():
     assert accumulate(a, w, 258, F.linear).item() == 257 * 255 * 255 + 255 * 254
 
 
-def test_sums_that_int32_does_not_hold_are_refused():
-    terms = INT32_MAX // 255**2 + 1
-    a = torch.full((1, terms), 255.0)
-    with pytest.raises(ValueError, match=f"sums of {terms} products may reach .*, which int32 does not hold"):
-        accumulate(a, a, terms, F.linear)
+def test_sums_beyond_int32_are_exact():
+    """Softmax outputs of 16 bits times affine values, whatever their values are."""
+    terms = 2**17
+    a, w = torch.full((1, terms), 65535.0), torch.full((1, terms), 255.0)
+    assert accumulate(a, w, terms, F.linear).item() == terms * 65535 * 255 > 2**31
+
+
+def test_sums_that_float64_does_not_hold_are_refused():
+    a = torch.full((1, 1), 2.0**27)
+    with pytest.raises(ValueError, match="sums of 1 products may reach .*, which float64 does not hold"):
+        accumulate(a, a, 1, F.linear)
 
 
 @given(st.integers(2, 8), KINDS, st.integers(0, 10**6))
