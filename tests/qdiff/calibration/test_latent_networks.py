@@ -124,7 +124,11 @@ def test_quick_is_better_than_rounding_to_nearest(make_latent, run, latent_state
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_unit_learns_in_both_stages(latent_adapter, run, form):
-    """None is skipped: in each the codes of every layer move, and the scale of every quantizer of at most 8 bits."""
+    """None is skipped: in each the codes of every layer move, and the scale of every quantizer of at most 8 bits.
+
+    Of layers that the norms cancel there is nothing to learn: with one channel to a group, what the time embedding
+    adds to whole channels is taken out again, unless it scales them too.
+    """
     rounding = Reconstruct({"rounding": Learn(1.0)}, iterations=3, batch_size=8)
     scales = Reconstruct({"scale": Learn(1e-2)}, iterations=2, batch_size=8, inputs="float")
     softmax = QuantSpec(16 if form == "transformer" else 8, "unsigned")
@@ -134,12 +138,15 @@ def test_every_unit_learns_in_both_stages(latent_adapter, run, form):
     assert [(report.stage, report.unit) for report in result.reports] == [(s, u) for s in (1, 3) for u in units]
     assert len(units) > 15 and all(len(report.losses) > 1 for report in result.reports)
     nearest, before = (run(replace(base, stages=s), form).network for s in ((WEIGHTS,), (WEIGHTS, rounding, ACTS)))
+    cancelled = "" if form == "labels" else "emb_layers"
     for name, layer in quant_layers(result.network).items():
-        assert not torch.equal(layer.codes, quant_layers(nearest)[name].codes), name
+        moved = not torch.equal(layer.codes, quant_layers(nearest)[name].codes)
+        assert moved or cancelled and cancelled in name, name
         assert torch.equal(layer.codes, quant_layers(before)[name].codes), name
     for name, quantizer in act_quantizers(result.network).items():
-        learned = quantizer.spec.bits <= 8
-        assert torch.equal(quantizer.scale, act_quantizers(before)[name].scale) != learned, name
+        moved = not torch.equal(quantizer.scale, act_quantizers(before)[name].scale)
+        if not (cancelled and cancelled in name):
+            assert moved == (quantizer.spec.bits <= 8), name
         assert torch.equal(quantizer.zero_point, act_quantizers(before)[name].zero_point), name
     fixed = [name for name, q in act_quantizers(result.network).items() if q.spec.bits == 16]
     assert len(fixed) == (8 if form == "transformer" else 0)

@@ -15,6 +15,8 @@ from qdiff.spec import QuantSpec, Recipe
 from qdiff.stages import Learn, RangeSpec, Reconstruct, WeightRanges
 
 FEW = {"iterations": 3, "act_iterations": 2, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
+# Adam divides gradients by their own size, so the last digits of one that is nearly zero become digits of a step.
+CLOSE = 1e-6
 CASES = [(method, family) for family in ("ddim", "ldm") for method in ("quick", "q-diffusion")]
 
 
@@ -75,10 +77,10 @@ def test_codes_and_scales_are_the_plain_loops_at_any_memory_limit(
 ):
     plain, found = (run(method, family, torch.float64, frontier=kind) for kind in (PLAIN[method], Frontier))
     assert {p.dtype for p in found.network.parameters()} == {torch.float64}
-    assert_close(found, plain, 1e-9)
+    assert_close(found, plain, CLOSE)
     for mine, theirs in zip(found.reports, plain.reports, strict=True):
         assert (mine.unit, mine.kept) == (theirs.unit, theirs.kept)
-        assert (mine.before, mine.after) == pytest.approx((theirs.before, theirs.after), rel=1e-9)
+        assert (mine.before, mine.after) == pytest.approx((theirs.before, theirs.after), rel=CLOSE)
     peak = found.store.peak["host"]
     for limit in (peak // 3, 0) if method == "q-diffusion" else (peak // 3,):
         limited = run(method, family, torch.float64, memory=MemoryLimits(host=limit), scratch=tmp_path)
