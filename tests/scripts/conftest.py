@@ -16,6 +16,8 @@ from latents import CONFIGS, write_model  # noqa: E402
 from running import call, only_run, passed, refused, tree  # noqa: E402
 
 from ddim.pretrained import build_network, load_config  # noqa: E402
+from qdiff.evaluation.report import Report  # noqa: E402
+from qdiff.evaluation.report_runs import calibration_report  # noqa: E402
 
 # A shell starts its background jobs with Ctrl-C ignored, and every process that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,8 +57,8 @@ def one_thread_of_the_cpu():
 
 @pytest.fixture(scope="session", autouse=True)
 def plots_of_a_pixel():
-    """In this process calibrations draw no losses: that takes longer than they do. test_progress.py looks at the real
-    plot, and a run in a process of its own in test_sample_diffusion_ddim.py draws it."""
+    """In this process calibrations draw no losses and report nothing: that takes longer than they do. test_progress.py
+    looks at the real plot, test_report.py at the reports, and runs in processes of their own make both."""
 
     def write(reports, path):
         if reports:
@@ -64,6 +66,15 @@ def plots_of_a_pixel():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qdiff.calibrated.plot_losses", write)
+        patch.setattr("qdiff.calibrated.calibration_report", lambda *files: Report("left out", "", "", []))
+        yield
+
+
+@pytest.fixture(scope="module")
+def real_reports():
+    """Calibrations report as they do for a user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qdiff.calibrated.calibration_report", calibration_report)
         yield
 
 
@@ -100,7 +111,9 @@ def tiny32(tmp_path_factory):
 def calibrated(tiny, tmp_path_factory):
     """A run of sample_diffusion_ddim.py that calibrates W4A8: its Result and its folder."""
     logdir = tmp_path_factory.mktemp("calibrated")
-    result = passed(call("sample_diffusion_ddim", *tiny.sampling, *W4A8, *QUICK, "-l", logdir))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qdiff.calibrated.calibration_report", calibration_report)
+        result = passed(call("sample_diffusion_ddim", *tiny.sampling, *W4A8, *QUICK, "-l", logdir))
     return SimpleNamespace(result=result, folder=only_run(logdir))
 
 

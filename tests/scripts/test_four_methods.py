@@ -21,7 +21,11 @@ SCRIPTS = {
     "sample_diffusion_ldm": ("-c", 8, "-e", 1, "-n", 1, "--batch_size", 2, "--seed", 41),
     "txt2img": ("--ddim_steps", 8, "--plms", "--scale", 3, "--n_iter", 1, "--n_samples", 1, "--skip_grid"),
 }
-EVERY = [(script, method) for script in SCRIPTS for method in FOUR]
+# Each method from one script, and one of those with sets per step from each of the other two.
+EACH = [("sample_diffusion_ddim", method) for method in FOUR]
+EACH += [("sample_diffusion_ldm", "quest"), ("txt2img", "accuquant")]
+REST = [(script, method) for script in SCRIPTS for method in FOUR if (script, method) not in EACH]
+EVERY = EACH + [pytest.param(*case, marks=pytest.mark.long) for case in REST]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,13 @@ def test_a_run_ends_with_an_image_and_a_checkpoint(runs, script, method):
     assert all(quantizer.scale.isfinite().all() for quantizer in act_quantizers(loaded.network).values())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        script if script == "sample_diffusion_ddim" else pytest.param(script, marks=pytest.mark.long)
+        for script in SCRIPTS
+    ],
+)
 def test_methods_give_images_of_their_own(runs, script):
     assert len({runs(script, method).images[0] for method in FOUR}) == 4
 
@@ -134,11 +144,7 @@ OTHER_STEPS = {
 }
 
 
-ANOTHER = [("sample_diffusion_ddim", method) for method in FOUR]
-ANOTHER += [("sample_diffusion_ldm", "quest"), ("txt2img", "accuquant")]
-
-
-@pytest.mark.parametrize(("script", "method"), ANOTHER)
+@pytest.mark.parametrize(("script", "method"), EACH)
 def test_sets_for_another_sampler_are_used_with_one_warning(runs, tmp_path, script, method):
     found = runs(script, method)
     flags = (*OTHER_STEPS[script], "--ptq", "--quant_act", "--cali_ckpt", found.checkpoint)

@@ -64,19 +64,28 @@ def interrupt(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["ldm", "sd"])
-@pytest.mark.parametrize(
-    ("module", "function", "calls", "there"),
-    [
-        (kept, "save_png", 1, 0),
-        (kept, "save_png", 2, 1),
-        (kept, "save_png", 3, 2),
-        (latent_model, "write_images", 1, 0),
-    ],
-    ids=["first-image", "within-a-batch", "between-batches", "after-calibration"],
-)
-def test_an_interrupted_run_goes_on(latent, whole, interrupt, tmp_path, name, module, function, calls, there):
+# Where a run is interrupted: in module, at the call of function of that number, when so many images are there.
+MOMENTS = {
+    "first-image": (kept, "save_png", 1, 0),
+    "within-a-batch": (kept, "save_png", 2, 1),
+    "between-batches": (kept, "save_png", 3, 2),
+    "after-calibration": (latent_model, "write_images", 1, 0),
+}
+# Each moment and each step of a calibration once; from the other script in the long suite.
+ONCE = [("ldm", "within-a-batch"), ("ldm", "after-calibration"), ("sd", "first-image"), ("sd", "between-batches")]
+STEPS_ONCE = [("ldm", "calibrate"), ("ldm", "save_checkpoint"), ("sd", "save_published")]
+
+
+def crossed(once, seconds):
+    """The cases of `once`, and marked as long all others of both scripts."""
+    rest = [(name, second) for name in WHERE for second in seconds if (name, second) not in once]
+    return [*once, *(pytest.param(*case, marks=pytest.mark.long) for case in rest)]
+
+
+@pytest.mark.parametrize(("name", "moment"), crossed(ONCE, MOMENTS))
+def test_an_interrupted_run_goes_on(latent, whole, interrupt, tmp_path, name, moment):
     """It does not calibrate again, makes whole batches that are missing, and ends as if it had not been."""
+    module, function, calls, there = MOMENTS[moment]
     arguments = (*line(latent, name, tmp_path / "out"), *W4A8, *NEAREST)
     interrupt(module, function, calls, *arguments)
     (run,) = runs(name, tmp_path / "out")
@@ -91,8 +100,7 @@ def test_an_interrupted_run_goes_on(latent, whole, interrupt, tmp_path, name, mo
     assert (run / "run.log").read_text().count("command: ") == 2
 
 
-@pytest.mark.parametrize("name", ["ldm", "sd"])
-@pytest.mark.parametrize("function", ["calibrate", "save_published", "save_checkpoint"])
+@pytest.mark.parametrize(("name", "function"), crossed(STEPS_ONCE, ["calibrate", "save_published", "save_checkpoint"]))
 def test_an_interrupted_calibration_comes_to_the_same_end(latent, whole, interrupt, tmp_path, name, function):
     """It is unfinished until all of it is written: both checkpoints."""
     arguments = (*line(latent, name, tmp_path / "out"), *W4A8, *NEAREST)
@@ -163,9 +171,16 @@ OTHER_PLANS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"), [(name, changed) for name, plans in OTHER_PLANS.items() for changed in plans]
-)
+# One of each kind: of the model, of its sampling, of a calibration, of a checkpoint, of the texts.
+KINDS = [("ldm", "override"), ("ldm", "steps"), ("ldm", "iterations"), ("ldm", "weights alone"), ("sd", "prompt")]
+ALL_PLANS = [
+    pytest.param(name, changed, marks=[] if (name, changed) in KINDS else pytest.mark.long)
+    for name, plans in OTHER_PLANS.items()
+    for changed in plans
+]
+
+
+@pytest.mark.parametrize(("name", "changed"), ALL_PLANS)
 def test_another_plan_has_a_folder_of_its_own(latent, whole, interrupt, tmp_path, name, changed):
     """The interrupted one is left as it is, and goes on when its own command is given."""
     shutil.copy(whole[name] / "ckpt.safetensors", tmp_path)

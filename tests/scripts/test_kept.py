@@ -89,6 +89,7 @@ def test_bad_input(model, flags, parts):
     refused(call(SAMPLE, *model.flags, "--max_images", 2, *flags), *parts)
 
 
+@pytest.mark.long
 def test_a_team_that_is_killed_at_random_ends_with_the_images_of_one_process(tiny, tmp_path):
     """512 images by two processes, all killed after some number of them, then gone on with."""
     config = tmp_path / "big.yml"

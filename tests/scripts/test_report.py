@@ -15,6 +15,7 @@ from qdiff.checkpoints import load_checkpoint
 from qdiff.devices import device_name
 from qdiff.layers import act_quantizers, quant_layers
 
+pytestmark = pytest.mark.usefixtures("real_reports")
 CPU = torch.device("cpu")
 SHORT = ("--timesteps", 4, "--cali_st", 2, "--cali_n", 2, "--n_samples", 4)
 METHODS = ("--methods", "nearest", "quick:3", "--a_sym", "--split")

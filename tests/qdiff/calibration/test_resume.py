@@ -19,13 +19,15 @@ from qdiff.checkpoints import save_checkpoint
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.stages import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
 
+ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 SIZES = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
 FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 4, "weight_range": "minmax", "act_range": "minmax"}
 OPTIONS = {
     "ddim": MethodOptions(4, 8, split=True, rounding_start="gptq", **FEW),
     "ldm": MethodOptions(4, 8, split=True, family="latent", **FEW),
 }
-CASES = [(method, family) for family in OPTIONS for method in ("quick", "q-diffusion")]
+CASES = [("quick", "ddim"), ("q-diffusion", "ldm")]
+CASES += [pytest.param(*case, marks=pytest.mark.long) for case in (("quick", "ldm"), ("q-diffusion", "ddim"))]
 
 
 class Killed(BaseException):
@@ -42,7 +44,7 @@ def parts(make_network, adapter, states, make_latent, latent_adapter, latent_sta
             stages = (replace(s, inputs="mixed", drop=0.5) if isinstance(s, Reconstruct) else s for s in recipe.stages)
             recipe = replace(recipe, stages=tuple(stages))
         if family == "ddim":
-            return make_network(32), adapter, recipe, states, 0
+            return make_network(32, **ONE_LEVEL), adapter, recipe, states, 0
         network = make_latent("transformer", **SIZES)
         return network, latent_adapter, recipe, latent_states("transformer"), 0
 
@@ -184,9 +186,10 @@ def test_a_record_of_another_plan_is_refused_before_any_work(parts, timesteps, t
         calibrate(*parts("quick", "ddim"), timesteps, options=RunOptions(record=record, plan={"seed": 0}))
 
 
-def test_the_order_of_definition_goes_on_too(parts, timesteps, tmp_path):
-    """Where units learn before others that the network runs first."""
-    network, adapter, recipe, data, seed = parts("q-diffusion", "ddim")
+def test_the_order_of_definition_goes_on_too(parts, make_network, timesteps, tmp_path):
+    """Where units learn before others that the network runs first: in a network of two levels."""
+    _, adapter, recipe, data, seed = parts("q-diffusion", "ddim")
+    network = make_network(32)
     recipe = replace(recipe, compat=("definition_order", "train_mode"))
     stages = tuple(s for s in recipe.stages if not isinstance(s, (Compensate, CorrectBias)))
     arguments = network, adapter, replace(recipe, stages=stages), data, seed, timesteps
@@ -237,6 +240,7 @@ print(os.waitpid(child("resumed.safetensors", options), 0)[1] == 0)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "family"), [("quick", "ddim"), ("q-diffusion", "ldm")])
 def test_a_process_killed_at_random_moments_ends_with_the_same_file(parts, timesteps, tmp_path, method, family):
     (tmp_path / "arguments").write_bytes(pickle.dumps((*parts(method, family), timesteps)))
