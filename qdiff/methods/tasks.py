@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,8 +104,13 @@ def write(folder: Path) -> None:
         (folder / file_name(key)).write_text(text(key, recipe), encoding="utf8")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+def main(argv: Sequence[str]) -> None:
+    """Write every recipe into the folder that is the one argument; exit code 2 where there is not one."""
+    if len(argv) != 1 or argv[0].startswith("-"):
         sys.stderr.write("usage: python -m qdiff.methods.tasks FOLDER\n")
         sys.exit(2)
-    write(Path(sys.argv[1]))
+    write(Path(argv[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

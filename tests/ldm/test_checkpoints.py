@@ -132,8 +132,8 @@ class Attack:
     "make, name",
     [
         (lambda witness: Attack(os.system, f"touch {witness}"), f"{os.name}.system"),
-        (lambda witness: Attack(Path.touch, Path(witness)), "class getattr,"),
-        (lambda witness: Attack(eval, f"open({str(witness)!r}, 'w')"), "class eval,"),
+        (lambda witness: Attack(Path.touch, Path(witness)), "getattr,"),
+        (lambda witness: Attack(eval, f"open({str(witness)!r}, 'w')"), "eval,"),
         (lambda witness: argparse.Namespace(a=1), "argparse.Namespace"),
         (lambda witness: np.zeros(3), "multiarray._reconstruct"),
         (lambda witness: subprocess.Popen, ".Popen"),

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,25 +173,16 @@ def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path, monkeypatch,
     assert kept.place == "host"
 
 
-LIMITED = """
-import resource, sys, torch
-from pathlib import Path
-from qdiff.calibration.store import MemoryLimits, Store
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-store = Store(torch.device("cpu"), MemoryLimits(host=0), Path(sys.argv[1]))
-column = store.column(2**14, torch.zeros(1))
-column[slice(0, 2**14)] = torch.ones(2**14)
-try:
-    store.column(2**14 + 1, torch.zeros(1))
-except OSError as error:
-    print(error.strerror, error.filename, store.used["disk"], int(column[slice(0, 2**14)].sum()))
-"""
-
-
-def test_a_file_that_the_system_refuses_is_an_os_error_too(tmp_path):
-    """Where no disk can be filled: the process may write files of 64 KiB and no more."""
-    run = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
-    assert run.stdout == f"File too large {tmp_path} {2**16} {2**14}\n"
+def test_a_file_that_the_system_refuses_is_an_os_error_too(tmp_path, smaller_files):
+    """Where no disk can be filled: files of 64 KiB may be written and no larger ones."""
+    store = Store(CPU, MemoryLimits(host=0), tmp_path)
+    with smaller_files(2**16):
+        column = store.column(2**14, torch.zeros(1))
+        column[slice(0, 2**14)] = torch.ones(2**14)
+        with pytest.raises(OSError, match="File too large") as error:
+            store.column(2**14 + 1, torch.zeros(1))
+        assert error.value.filename == str(tmp_path) and store.used["disk"] == 2**16
+        assert column[slice(0, 2**14)].sum() == 2**14
     assert list(tmp_path.iterdir()) == []
 
 

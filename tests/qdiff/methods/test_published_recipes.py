@@ -1,7 +1,5 @@
 """The published settings of methods.md, spelled out row by row; rules by name on toy networks; what options change."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,14 +64,14 @@ def test_a_file_says_which_sampler_it_is_for(key):
     assert first.startswith("# ") and first.endswith(f".py {sampler}")
 
 
-def test_the_module_writes_the_files_into_a_folder(tmp_path):
-    line = [sys.executable, "-m", "qdiff.methods.tasks"]
-    subprocess.run([*line, tmp_path / "made" / "here"], check=True)
+def test_the_module_writes_the_files_into_a_folder(tmp_path, capsys):
+    tasks.main([str(tmp_path / "made" / "here")])
     made, kept = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (tmp_path / "made" / "here", FOLDER))
     assert made == kept
     for arguments in ((), ("--help",), ("a", "b")):
-        done = subprocess.run([*line, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("usage: ")
+        with pytest.raises(SystemExit, match="2"):
+            tasks.main(arguments)
+        assert capsys.readouterr() == ("", "usage: python -m qdiff.methods.tasks FOLDER\n")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
