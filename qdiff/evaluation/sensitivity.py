@@ -144,7 +144,7 @@ def _errors(
     if copies == 2:  # conditional, then unconditional
         conditional, unconditional = differences.chunk(2)
         differences = unconditional + path.scale * (conditional - unconditional)
-    differences = differences.view(len(timesteps), samples, -1)
+    differences = differences.reshape(len(timesteps), samples, -1)
     end = torch.einsum("s,snd->nd", _carried(path, len(timesteps)).to(differences), differences)
     return differences.square().mean((1, 2)).cpu(), end.square().mean().cpu()
 

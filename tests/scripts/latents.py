@@ -20,7 +20,7 @@ CLASSES = 5  # of the class-conditional model; the last one stands for no class
 
 UNET = {
     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-    "params": {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]},
+    "params": {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1]},
 }
 STAGE = {"double_z": False, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
 STAGE |= {"num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
@@ -58,16 +58,16 @@ def kl() -> dict:
 
 CROSS_ATTENTION = {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 32, "legacy": False}
 CONFIGS = {
-    "ldm": configuration(3, {"attention_resolutions": [2], "num_head_channels": 32}, vq(), "__is_unconditional__"),
+    "ldm": configuration(3, {"attention_resolutions": [1], "num_head_channels": 32}, vq(), "__is_unconditional__"),
     "cin": configuration(
         3,
-        CROSS_ATTENTION | {"attention_resolutions": [2]},
+        CROSS_ATTENTION | {"attention_resolutions": [1]},
         vq(),
         {"target": ENCODERS + "ClassEmbedder", "params": {"embed_dim": 32, "n_classes": CLASSES, "key": "class_label"}},
     ),
     "sd": configuration(
         4,
-        CROSS_ATTENTION | {"attention_resolutions": [2]},
+        CROSS_ATTENTION | {"attention_resolutions": [1]},
         kl(),
         {"target": ENCODERS + "FrozenCLIPEmbedder", "params": {"version": "text", "max_length": 16}},
     ),

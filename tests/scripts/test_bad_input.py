@@ -110,9 +110,9 @@ def test_no_configuration(fails, tmp_path):
         ("ch: 32", "ch: wide", ("model.ch", "whole number", "'wide'")),
         ("ch: 32", "ch: 33", ("multiple of 32", "33")),
         ("ch: 32", "ch: 64", ("tiny.safetensors", "does not fit", "conv_in.bias")),
-        ("ch_mult: [1, 2]", "ch_mult: 2", ("model.ch_mult", "list", "2")),
-        ("ch_mult: [1, 2]", "ch_mult: []", ("ch_mult",)),
-        ("image_size: 16", "image_size: 15", ("image_size", "15")),
+        ("ch_mult: [1]", "ch_mult: 2", ("model.ch_mult", "list", "2")),
+        ("ch_mult: [1]", "ch_mult: []", ("ch_mult",)),
+        ("ch_mult: [1]", "ch_mult: [1, 1, 1, 1, 1, 1]", ("image_size", "16")),
         ("image_size: 16", "image_size: '16'", ("data.image_size", "'16'")),
         ("channels: 3, r", "channels: 1, r", ("data.channels", "model.in_channels", "1, 3")),
         ("ch_mult: [1, 2]", "ch_mult: [1000000]", ("ch_mult", "32768", "1000000")),
@@ -170,10 +170,22 @@ def test_truncated_weights(tiny, fails, tmp_path, form, share):
     fails("--ckpt", path, names=(path, "not a readable checkpoint"))
 
 
+@pytest.fixture
+def two_levels(tiny, tmp_path):
+    """Flags of the tiny model with the levels of the golden case, at another width."""
+    text = (
+        tiny.config.read_text()
+        .replace("ch_mult: [1]", "ch_mult: [1, 2]")
+        .replace("resolutions: []", "resolutions: [8]")
+    )
+    (tmp_path / "two.yml").write_text(text)
+    return "--config", "two.yml", "--timesteps", 4, "--max_images", 3
+
+
 @pytest.mark.parametrize("beside", [(), ("--ptq", "--method", "nearest", "--cali_st", 2, "--cali_n", 2)])
-def test_weights_of_another_architecture(fails, beside):
+def test_weights_of_another_architecture(fails, two_levels, beside):
     path = GOLDEN / "fp.safetensors"
-    fails("--ckpt", path, *beside, names=(path, "does not fit", "expected [64", "found [32"))
+    fails("--ckpt", path, *beside, model=two_levels, names=(path, "does not fit", "expected [64", "found [32"))
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(2)], Foreign()], ids=["numbers", "list", "foreign"])
@@ -200,22 +212,33 @@ def test_a_truncated_calibrated_checkpoint(tiny, fails, calibrated, tmp_path, na
 
 
 @pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
-def test_a_calibrated_checkpoint_of_another_architecture(tiny, tiny32, fails, calibrated, name):
+def test_a_calibrated_checkpoint_of_another_architecture(tiny, tiny32, two_levels, fails, calibrated, name, tmp_path):
     path = calibrated.folder / name
     if name == "ckpt.safetensors":
-        fails(*tiny.w4a8, "--cali_ckpt", path, model=tiny32.sampling, names=(path, "image_size 16", "32"))
+        fails(*tiny.w4a8, "--cali_ckpt", path, model=tiny32.sampling, names=(path, "ch_mult [1]", "[1, 1]"))
+        (tmp_path / "large.yml").write_text(tiny.config.read_text().replace("image_size: 16", "image_size: 32"))
+        model = ("--config", "large.yml", "--timesteps", 4, "--max_images", 3)
+        fails(*tiny.w4a8, "--cali_ckpt", path, model=model, names=(path, "image_size 16", "32"))
     else:
         line = fails(*tiny.w4a8, "--cali_ckpt", path, model=tiny32.sampling, names=(path, "architecture"))
-        assert "attn" in line
+        assert "downsample" in line
     golden = GOLDEN / "qdiff_wa.pth"
-    fails(*tiny.w4a8, "--cali_ckpt", golden, names=(golden, "architecture", "[32, 32, 3, 3]", "[64, 32, 3, 3]"))
+    fails(
+        *tiny.w4a8,
+        "--ckpt",
+        tiny.weights,
+        "--cali_ckpt",
+        golden,
+        model=two_levels,
+        names=(golden, "architecture", "[32, 32, 3, 3]", "[64, 32, 3, 3]"),
+    )
 
 
 def test_files_that_are_no_calibrated_checkpoint(tiny, fails, data, tmp_path):
     torch.save(load_file(tiny.weights), tmp_path / "float.pth")
     torch.save([1], tmp_path / "list.pth")
     fails(
-        *tiny.w4a8, "--cali_ckpt", "float.pth", names=("float.pth", "expected a Q-Diffusion checkpoint", "144 entries")
+        *tiny.w4a8, "--cali_ckpt", "float.pth", names=("float.pth", "expected a Q-Diffusion checkpoint", "74 entries")
     )
     fails(*tiny.w4a8, "--cali_ckpt", "list.pth", names=("list.pth", "expected a Q-Diffusion checkpoint", "found list"))
     fails(*tiny.w4a8, "--cali_ckpt", data.file, names=(data.file, "expected a Q-Diffusion checkpoint"))

@@ -102,7 +102,7 @@ def test_onnx(packed, tmp_path, kind):
 
 def test_attention_in_floats_is_for_tensorrt(packed):
     """Softmax outputs are all that symmetric activations leave unsigned."""
-    remark = r"4 of \d+ quantizers are not for TensorRT.*--a_sym --set weights.kind=signed.*--attention float"
+    remark = r"1 of \d+ quantizers are not for TensorRT.*--a_sym --set weights.kind=signed.*--attention float"
     assert re.search(remark, export(packed, "onnx-portable", "one.onnx"))
     assert "TensorRT" not in export(packed, "onnx-portable", "other.onnx", "--attention", "float")
 

@@ -176,7 +176,7 @@ def test_conditioning_of_another_encoder_is_refused(latent, data, tmp_path, chan
         ("ldm", ("--scale", 2), ("--scale", "unconditional")),
         ("ldm", ("--classes", 1), ("--classes", "not class-conditional")),
         ("ldm", ("--timesteps", 2000), ("--timesteps 2000", "1..1000")),
-        ("ldm", ("--H", 9), ("--H 9", "multiple of 4")),
+        ("ldm", ("--H", 9), ("--H 9", "multiple of 2")),
         ("ldm", ("--sample_type", "plms", "--eta", 1), ("eta", "plms")),
         ("cin", ("--prompt", "a cat"), ("--prompt", "labels")),
         ("cin", ("--classes", 5), ("--classes 5", "0 to 4")),
