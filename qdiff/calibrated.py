@@ -19,7 +19,7 @@ from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.runner import Calibration, RunOptions, calibrate, check_weights
 from qdiff.calibration.selectors import check_selection, select
 from qdiff.calibration.store import MemoryLimits
-from qdiff.calibration.trajectories import Trajectories, load_trajectories, save_shard
+from qdiff.calibration.trajectories import Trajectories, check_times, load_trajectories, save_shard
 from qdiff.checkpoints import load_checkpoint, save_checkpoint
 from qdiff.commandline import bits_label, chosen_recipe, method_options
 from qdiff.deploy.convert import load_integer, quantizes_activations
@@ -123,26 +123,28 @@ def read_inputs(
     """Read and check the files that the flags name, and whether the recipe fits the network.
 
     build: makes the float network of the configuration (its weights do not matter); shape: (C, H, W) of its input;
-    timesteps: [S] of the sampler; conditional: the network takes conditioning; path: makes the sampler's path, which
-    recipes that learn over groups of steps need. Raises FileNotFoundError, or ValueError naming the flag and the file.
+    timesteps: [S] of the sampler, floats where it works between timesteps; conditional: the network takes conditioning;
+    path: makes the sampler's path, which recipes that learn over groups of steps need. Raises FileNotFoundError, or
+    ValueError naming the flag and the file.
     """
     args, loaded, recipe, trajectories = plan.args, None, None, None
     if args.ptq and args.cali_ckpt is not None:
         loaded, recipe = load_calibrated(args, build, adapter)
     if plan.recipe is None:
         return Inputs(loaded, recipe, None)
+    with torch.device("meta"):
+        network = build()
     if args.cali_data_path is not None:
         trajectories = load_trajectories(args.cali_data_path, shape)
+        fractions = timesteps.is_floating_point()
+        check_times(trajectories, adapter.num_timesteps(network), fractions, args.cali_data_path)
         check_selection(trajectories, plan.recipe)
         _check_path(plan, trajectories, path)
         timesteps = trajectories.timesteps
     else:
         _check_path(plan, None, path)
-    with torch.device("meta"):
-        network = build()
     if trajectories is not None:
-        width = adapter.config_of(network).get("context_dim") if conditional else None
-        _check_conditioning(trajectories, conditional, width, args.cali_data_path)
+        _check_conditioning(trajectories, conditional, adapter.config_of(network), args.cali_data_path)
     insert_quantizers(network, plan.recipe, adapter, timesteps)
     _check_layers(plan.recipe, network, adapter)
     if loaded is not None:
@@ -177,8 +179,10 @@ def _check_layers(recipe: Recipe, network: nn.Module, adapter: Adapter) -> None:
             raise ValueError(f"finetune layers: {', '.join(stage.layers)} match no layer of the network")
 
 
-def _check_conditioning(trajectories: Trajectories, conditional: bool, width: int | None, path: Path) -> None:
-    """width: of the embeddings [N, L, D] that the network's cross attention takes, D; None where it takes labels."""
+def _check_conditioning(trajectories: Trajectories, conditional: bool, config: dict[str, Any], path: Path) -> None:
+    """config: of the network. It says the width D of the embeddings [N, L, D] that cross attention takes, or how many
+    labels there are."""
+    width, classes = config.get("context_dim"), config.get("num_classes")
     if conditional and "cs" not in trajectories.extra:
         raise ValueError(f"{path}: expected calibration data with conditioning (cs, ucs), found none")
     if not conditional and trajectories.extra:
@@ -188,6 +192,11 @@ def _check_conditioning(trajectories: Trajectories, conditional: bool, width: in
             raise ValueError(f"{path}: expected {key} of shape (N, L, {width}), found {tuple(found.shape)}")
         if width is None and (found.dim() != 1 or found.is_floating_point()):
             raise ValueError(f"{path}: expected {key} to be labels (N), found {found.dtype} {tuple(found.shape)}")
+    if width is None and classes is not None:
+        labels = [step for column in trajectories.extra.values() for step in column]
+        low, high = min(int(step.min()) for step in labels), max(int(step.max()) for step in labels)
+        if low < 0 or high >= classes:
+            raise ValueError(f"{path}: expected labels 0 ... {classes - 1}, found {low} ... {high}")
 
 
 def calibrate_and_write(

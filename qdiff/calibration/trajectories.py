@@ -7,6 +7,7 @@ Layouts: a folder of native shards (`shard_00000.safetensors`, one per batch of 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qdiff.files import load_pickle, save_safetensors
+from qdiff.files import load_pickle, parse_json, save_safetensors
 
+logger = logging.getLogger(__name__)
 FORMAT = "qdiff-trajectories-1"
+MOST_STEPS = 10**5  # of a file; samplers have a thousand at most
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 CONDITIONING = ("cs", "ucs")  # the original's names of conditional and unconditional embeddings
 
 
@@ -118,7 +123,7 @@ def shard_provenance(path: Path) -> dict:
     """The provenance a shard was written with. Raises ValueError naming a file that is not a shard."""
     try:
         with safe_open(path, "pt") as shard:
-            about = json.loads((shard.metadata() or {}).get("qdiff", "{}"))
+            about = parse_json((shard.metadata() or {}).get("qdiff", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable trajectory shard: {error}") from error
     about = about if isinstance(about, dict) else {}
@@ -158,6 +163,7 @@ def _load_folder(path: Path) -> Trajectories:
 def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = None) -> Trajectories:
     """Read calibration data: a folder of native shards, one shard, or an original `.pt` file.
 
+    Steps come back with the noisiest first; a file that has them in another order is sorted, with a warning.
     shape: (C, H, W) the network takes. Raises FileNotFoundError, or ValueError naming the file, what was expected and
     what was found.
     """
@@ -172,12 +178,52 @@ def load_trajectories(path: str | Path, shape: tuple[int, int, int] | None = Non
         raise ValueError(
             f"{path}: expected calibration states of shape {tuple(shape)}, found {tuple(found.xs[0].shape[1:])}"
         )
-    return found
+    return _noisiest_first(found, path)
+
+
+def check_times(trajectories: Trajectories, num_timesteps: int, fractions: bool, path: str | Path) -> None:
+    """Raise ValueError for times that a network of `num_timesteps` steps is not asked about.
+
+    fractions: the sampler works between timesteps, as DPM-Solver does.
+    """
+    times = torch.stack([t.double() for t in trajectories.ts])
+    last, found = num_timesteps - 1, f"{times.min():g} ... {times.max():g}"
+    between = times != times.round()
+    if bool(between.any()) and trajectories.steps > 1 and times.max() <= 1:
+        raise ValueError(
+            f"{path}: expected timesteps 0 ... {last}, found {found}; were they divided by {num_timesteps}?"
+        )
+    if times.min() < 0 or times.max() > last:
+        raise ValueError(f"{path}: expected timesteps 0 ... {last}, found {found}")
+    if not fractions and bool(between.any()):
+        first = times[between][0].item()
+        reason = "only dpm_solver asks the network between timesteps"
+        raise ValueError(f"{path}: expected whole timesteps 0 ... {last}, found {first:g}; {reason}")
+
+
+def _noisiest_first(found: Trajectories, path: Path) -> Trajectories:
+    """Selectors and rollouts take the order of the steps for that of sampling."""
+    times = found.timesteps
+    if bool((times[1:] <= times[:-1]).all()):
+        return found
+    order = times.argsort(descending=True, stable=True).tolist()
+    where = f"t from {times[0]:g} to {times[-1]:g}"
+    logger.warning("%s: expected the noisiest step first, found %s; the steps are sorted by t", path, where)
+
+    def put(column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(column[step] for step in order)
+
+    return Trajectories(put(found.xs), put(found.ts), {key: put(column) for key, column in found.extra.items()})
 
 
 def _load_original(path: Path) -> Trajectories:
-    content = load_pickle(path, "file of calibration data")
-    return _checked(content, path)
+    content = load_pickle(path, "file of calibration data", repeats=True)
+    found, held = _checked(content, path), path.stat().st_size
+    if (claimed := sum(x.nbytes for x in found.xs)) > held:
+        raise ValueError(
+            f"{path}: expected states of their own at every step, found {claimed} bytes in a file of {held}"
+        )
+    return found
 
 
 def _checked(content: Any, path: Path) -> Trajectories:
@@ -196,6 +242,8 @@ def _checked(content: Any, path: Path) -> Trajectories:
             raise ValueError(
                 f"{path}: expected xs [N, C, H, W] and ts [N], found {tuple(x.shape)} and {tuple(t.shape)}"
             )
+        if x.dtype not in FLOATS or t.dtype not in (*FLOATS, *WHOLE):
+            raise ValueError(f"{path}: expected xs of floats and ts of numbers, found {x.dtype} and {t.dtype}")
         if not (x.isfinite().all() and t.isfinite().all()):
             raise ValueError(f"{path}: expected finite calibration states, found infinite or undefined values")
     _check_conditioning(columns, path)
@@ -209,7 +257,11 @@ def _check_conditioning(columns: dict[str, tuple[Tensor, ...]], path: Path) -> N
         first = columns[key][0]
         if first.dim() == 0 or len(first) != samples:
             raise ValueError(f"{path}: expected {key} of {samples} samples, found shape {tuple(first.shape)}")
-        for step in columns[key] if not _constant(columns[key]) else (first,):
+        # One tensor may stand for all steps.
+        distinct = {(step.data_ptr(), step.shape, step.stride()): step for step in columns[key]}
+        for step in distinct.values():
+            if step.dtype not in (*FLOATS, *WHOLE):
+                raise ValueError(f"{path}: expected {key} of numbers, found {step.dtype}")
             if step.shape != first.shape:
                 wanted = f"{key} of shape {tuple(first.shape)} at every step"
                 raise ValueError(f"{path}: expected {wanted}, found {tuple(step.shape)}")
@@ -223,6 +275,9 @@ def _check_conditioning(columns: dict[str, tuple[Tensor, ...]], path: Path) -> N
 
 def _steps(column: Any, key: str, path: Path) -> tuple[Tensor, ...]:
     """A list of tensors, or a stacked one, as a tuple."""
+    listed = isinstance(column, (list, tuple)) or (torch.is_tensor(column) and column.dim() > 0)
+    if listed and len(column) > MOST_STEPS:
+        raise ValueError(f"{path}: expected at most {MOST_STEPS} steps in {key}, found {len(column)}")
     steps = column.unbind(0) if torch.is_tensor(column) and column.dim() else column
     if not isinstance(steps, (list, tuple)) or not all(torch.is_tensor(step) for step in steps):
         raise ValueError(f"{path}: expected {key} to be a list of tensors or one stacked tensor, found something else")

@@ -193,9 +193,10 @@ def test_unconditional_networks_take_none(data, read, form):
         ("transformer", torch.zeros(2, 24), r"of shape \(N, L, 24\), found \(2, 24\)"),
         ("transformer", torch.tensor([1, 2]), r"of shape \(N, L, 24\), found \(2,\)"),
         ("labels", torch.zeros(2, 5, 24), r"to be labels \(N\), found torch.float32 \(2, 5, 24\)"),
+        ("labels", torch.tensor([1, 10**9]), r"expected labels 0 \.\.\. \d+, found 1 \.\.\. 1000000000"),
         ("labels", torch.zeros(2), r"to be labels \(N\), found torch.float32 \(2,\)"),
     ],
-    ids=["width", "no-tokens", "labels", "embeddings", "fractions"],
+    ids=["width", "no-tokens", "labels", "embeddings", "beyond", "fractions"],
 )
 def test_conditioning_of_another_model_is_refused_before_anything_is_written(data, read, form, wrong, found):
     with pytest.raises(ValueError, match=f"data.pt: expected cs {found}") as error:

@@ -5,7 +5,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from running import call, refused, shorten, tree
+from running import call, passed, refused, shorten, tree
+
+from qdiff.calibration.trajectories import Trajectories, save_shard
 
 SAMPLE = "sample_diffusion_ddim"
 
@@ -41,6 +43,46 @@ def test_calibration_data(tiny, fails, tmp_path, content, names):
     torch.save(content, tmp_path / "data.pt")
     line = fails("--ptq", *tiny.nearest, "--cali_data_path", "data.pt", names=names)
     assert "data.pt" in line or "calibration data" in line
+
+
+def times(*values):
+    """Three samples at those times."""
+    return torch.tensor(values).repeat_interleave(3).view(-1, 3)
+
+
+RANGES = {
+    "divided": ({"ts": times(0.9, 0.6, 0.3, 0.0)}, ("0 ... 999", "0 ... 0.9", "divided by 1000")),
+    "between": ({"ts": times(900.0, 600.5, 300.0, 0.0)}, ("whole timesteps", "600.5", "dpm_solver")),
+    "beyond": ({"ts": times(1000, 600, 300, 0)}, ("0 ... 999", "0 ... 1000")),
+    "far-beyond": ({"ts": times(10**12, 600, 300, 0)}, ("0 ... 999", "0 ... 1e+12")),
+    "negative": ({"ts": times(900.0, 600.0, 300.0, -1.0)}, ("0 ... 999", "-1 ... 900")),
+    "bytes": ({"xs": torch.zeros(4, 3, 3, 16, 16, dtype=torch.uint8)}, ("floats", "torch.uint8")),
+    "integers": ({"xs": torch.zeros(4, 3, 3, 16, 16, dtype=torch.int64)}, ("floats", "torch.int64")),
+    "complex-times": ({"ts": times(900, 600, 300, 0).to(torch.complex64)}, ("numbers", "torch.complex64")),
+    "infinite": ({"xs": torch.full((4, 3, 3, 16, 16), float("inf"))}, ("finite",)),
+    "no-time": ({"ts": times(900.0, 600.0, float("nan"), 0.0)}, ("finite",)),
+}
+
+
+@pytest.mark.parametrize("layout", ["file", "shard"])
+@pytest.mark.parametrize(("changes", "names"), RANGES.values(), ids=RANGES)
+def test_calibration_data_out_of_range(tiny, fails, tmp_path, changes, names, layout):
+    content = states(ts=times(900.0, 600.0, 300.0, 0.0)) | changes
+    if layout == "file":
+        path = tmp_path / "data.pt"
+        torch.save(content, path)
+    else:
+        path = tmp_path / "shard_00000.safetensors"
+        save_shard(Trajectories(tuple(content["xs"]), tuple(content["ts"]), {}), path, {})
+    fails("--ptq", *tiny.nearest, "--cali_data_path", path, names=(path, *names))
+
+
+def test_times_between_steps_are_right_for_dpm_solver_alone(tiny, tmp_path):
+    torch.save(states(ts=times(999.0, 749.25, 499.5, 249.75)), "data.pt")
+    flags = (*tiny.sampling, "--sample_type", "dpm_solver", "--ptq", *tiny.nearest, "--cali_data_path", "data.pt")
+    passed(call(SAMPLE, *flags, "-l", tmp_path / "out"))
+    torch.save(states(ts=times(0.9, 0.6, 0.3, 0.0)), "data.pt")  # as little as for other samplers
+    refused(call(SAMPLE, *flags, "-l", tmp_path / "other"), "data.pt", "divided by 1000")
 
 
 def test_calibration_data_that_are_not_there(tiny, fails, tmp_path):

@@ -200,6 +200,32 @@ def test_shards_of_other_lengths_are_named(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("layout", ["shard_00000.safetensors", "data.pt"])
+def test_steps_in_another_order_are_sorted_with_a_warning(tmp_path, caplog, layout):
+    """Selectors take the first step of every so many for the noisiest."""
+    expected, order = some(steps=4, cs=varying(steps=4)), (2, 0, 3, 1)
+    shuffled = Trajectories(
+        *(tuple(column[i] for i in order) for column in (expected.xs, expected.ts)),
+        {"cs": tuple(expected.extra["cs"][i] for i in order)},
+    )
+    path = tmp_path / layout
+    if path.suffix == ".pt":
+        save_pickle(original_layout(shuffled), path)
+    else:
+        save_shard(shuffled, path, {})
+    assert_equal(load_trajectories(path), expected)
+    warned = f"{path}: expected the noisiest step first, found t from 300.5 to 600.5; the steps are sorted by t"
+    assert [record.getMessage() for record in caplog.records] == [warned]
+
+
+def test_steps_that_share_a_time_keep_their_order(tmp_path, caplog):
+    """A sampler may ask twice at one time."""
+    twice = Trajectories(some().xs, tuple(torch.full((2,), t) for t in (900, 900, 300)), {})
+    save_shard(twice, tmp_path / "shard_00000.safetensors", {})
+    assert_equal(load_trajectories(tmp_path), twice)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("form", ["lists", "stacked"])
 def test_the_originals_file_is_read_in_both_its_forms(tmp_path, form):
     expected = some()
@@ -237,13 +263,17 @@ class Foreign:
         ("a.pt", write_original({"xs": torch.zeros(2, 1, 3, 4), "ts": torch.zeros(2, 1)}), r"xs \[N, C, H, W\]"),
         ("a.pt", write_original({"xs": torch.zeros(2, 1, 3, 4, 4), "ts": torch.zeros(2, 3)}), r"and ts \[N\]"),
         ("a.pt", write_original({"xs": [Foreign()], "ts": []}), r"it holds an object of .*Foreign"),
+        ("a.pt", write_original({"xs": torch.zeros(10**9, 0), "ts": []}), "at most 100000 steps in xs"),
+        ("a.pt", write_original({"xs": [torch.zeros(9, 3, 9, 9)] * 9, "ts": torch.zeros(9, 9)}), "states of their own"),
+        ("a.pt", write_original({"xs": torch.zeros(1).expand(2, 9, 3, 4, 4)}), "takes 1728 bytes, the file has 4"),
         ("a.pt", lambda path: path.write_bytes(b"PK\x03\x04 cut"), "truncated or not a PyTorch file"),
         ("a.safetensors", lambda path: path.write_bytes(b"cut"), "not a readable trajectory shard"),
         ("a.safetensors", lambda path: path.write_bytes(pickle.dumps(3)), "not a readable trajectory shard"),
         ("a.safetensors", lambda path: save_file({"xs": torch.zeros(1)}, path), "found another safetensors file"),
     ],
     ids=[
-        "no-ts", "list", "empty", "lengths", "dimensions", "samples", "foreign", "cut", "cut-shard", "pickle", "float",
+        "no-ts", "list", "empty", "lengths", "dimensions", "samples", "foreign",
+        "steps", "one-state", "expanded", "cut", "cut-shard", "pickle", "float",
     ],
 )  # fmt: skip
 def test_other_files_are_refused_by_name(tmp_path, name, write, message):
