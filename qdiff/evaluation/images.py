@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch_fidelity.registry import DATASETS_REGISTRY
+
+from ddim.images import DAMAGED, UnfitImage, pixels_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg")  # what torch-fidelity takes for images
 LOSSY = (".jpg", ".jpeg")
 RUN_FOLDERS = ("img", "samples")  # where the sampling scripts put images in a run's folder
 ARRAYS = ("arr_0", "images")  # the array of images in an .npz: ADM's name, and a readable one
-NOT_AN_IMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+NOT_AN_IMAGE = (*DAMAGED, ValueError)
 
 
 class Images:
@@ -86,10 +88,12 @@ class FolderImages(Images):
         path = self.paths[index]
         try:
             with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
+                pixels = torch.from_numpy(pixels_of(file, path))
+        except UnfitImage:
+            raise
         except NOT_AN_IMAGE as error:
             raise ValueError(f"{path}: expected an image, found a damaged one: {error}") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return pixels.expand(self.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
     def _hash(self) -> str:
         found = hashlib.sha256()

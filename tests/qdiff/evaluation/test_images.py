@@ -53,6 +53,20 @@ def test_other_modes_are_read_as_colour(tmp_path, mode):
     assert np.array_equal(whole(open_images(tmp_path)), pixels)
 
 
+def test_16_bits_of_grey_are_the_images_of_8(tmp_path):
+    pixels = write(tmp_path / "8", ["0.png", "1.png"], mode="L")
+    (tmp_path / "16").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(tmp_path / "16" / f"{i}.png")
+    assert np.array_equal(whole(open_images(tmp_path / "16")), pixels)
+
+
+def test_a_mode_without_one_reading_is_named(tmp_path):
+    write(tmp_path, ["0.png"])
+    Image.new("F", (5, 4)).save(tmp_path / "1.png", format="TIFF")
+    refused(tmp_path, tmp_path / "1.png", "found mode F")
+
+
 @pytest.mark.parametrize("inner", ["img", "samples"])
 def test_a_run_holds_its_images_in_a_folder(tmp_path, inner):
     pixels = write(tmp_path / inner, ["0.png", "1.png"])
