@@ -157,7 +157,8 @@ def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str |
     if found:
         raise ValueError(f"{path} does not fit the network: {'; '.join(found)}")
     for name, value in state.items():
-        require_float(name, value, path)
+        if expected[name].is_floating_point():
+            require_float(name, value, path)
     network.load_state_dict(state)
 
 

@@ -199,27 +199,28 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
     model = load_model(plan.config, plan.checkpoint, network=needed).to(plan.device)
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
-    folder, continued = open_run(plan.parent, description, wanted or plan.paths, args.resume_calibration, team)
-    start_log(folder, args.verbose, team.rank)
-    if continued and team.leads:
-        there = plan.kept(folder).count()
-        print(f"going on with {folder}: {there} of {plan.images} images are there")
-    if plan.entries and team.leads:
-        name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
-        write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
-    label = inputs.label(quantization)
-    logger.info("%s model from %s", label, plan.checkpoint)
-    warn_without_effect(args)
-    network = quantized_network(plan, inputs, model, folder, team)
-    warn_of_other_sampler(network, pipeline.timesteps())
-    del inputs  # what runs may take less memory than what was loaded
-    if args.ptq:
-        release_network(model)
-    network = prepared(network, ADAPTER, args, plan.device, team)
-    write_images(plan, model, network, folder, team)
-    if team.leads:
-        kept = plan.kept(folder)
-        print(*kept.finish(), f"{plan.images} images of the {label} model in {kept.place}", sep="\n")
+    wanted = wanted or plan.paths
+    with open_run(plan.parent, description, wanted, args.resume_calibration, team) as (folder, continued):
+        start_log(folder, args.verbose, team.rank)
+        if continued and team.leads:
+            there = plan.kept(folder).count()
+            print(f"going on with {folder}: {there} of {plan.images} images are there")
+        if plan.entries and team.leads:
+            name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
+            write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
+        label = inputs.label(quantization)
+        logger.info("%s model from %s", label, plan.checkpoint)
+        warn_without_effect(args)
+        network = quantized_network(plan, inputs, model, folder, team)
+        warn_of_other_sampler(network, pipeline.timesteps())
+        del inputs  # what runs may take less memory than what was loaded
+        if args.ptq:
+            release_network(model)
+        network = prepared(network, ADAPTER, args, plan.device, team)
+        write_images(plan, model, network, folder, team)
+        if team.leads:
+            kept = plan.kept(folder)
+            print(*kept.finish(), f"{plan.images} images of the {label} model in {kept.place}", sep="\n")
     return folder
 
 

@@ -12,10 +12,11 @@ import argparse
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from chosen_model import ChosenModel, add_model_flags, choose_model
+from chosen_model import ChosenModel, LoadedModel, add_model_flags, choose_model
 from sampling import FIRST_CALIBRATION_IMAGE, batches
 
 from qdiff.calibration.trajectories import (
@@ -37,7 +38,7 @@ from qdiff.commandline import (
 )
 from qdiff.devices import choose_device
 from qdiff.fabric import start_team
-from qdiff.files import save_pickle
+from qdiff.files import save_pickle, sole_user
 from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,22 @@ def execute(args: argparse.Namespace, model: ChosenModel, device: torch.device, 
     origin = {"family": model.adapter.family, "config": model.adapter.config_of(loaded.network)} | loaded.origin
     provenance = origin | model.pipeline.describe() | {"batch_size": args.batch_size, "n_samples": args.n_samples}
     indices = list(batches(FIRST_CALIBRATION_IMAGE, args.n_samples, args.batch_size))
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_user(folder) if team.leads else nullcontext():
+        record(args, model, loaded, team, folder, provenance, indices)
+
+
+def record(
+    args: argparse.Namespace,
+    model: ChosenModel,
+    loaded: LoadedModel,
+    team: Team,
+    folder: Path,
+    provenance: dict,
+    indices: list[range],
+) -> None:
+    """Write the shards that are missing in `folder`; one file of them all where --out asks for it."""
+    one_file = folder != args.out
     todo = team.broadcast(unfinished(folder, provenance, indices) if team.leads else None)
     start_log(folder, args.verbose, team.rank)
     for batch, part in loaded.record(list(todo), team):

@@ -168,38 +168,38 @@ def execute(plan: Plan, team: Team) -> None:
     recipe = quantization.recipe or inputs.recipe  # of what is loaded, flags decide how much is used
     description = plan.describe() | {"recipe": None if recipe is None else recipe.to_dict()}
     wanted = lambda folder: plan.kept(folder).all_files()  # noqa: E731
-    folder, continued = open_run(plan.folder, description, wanted, args.resume_calibration, team)
-    plan = replace(plan, folder=folder)
-    start_log(plan.folder, args.verbose, team.rank)
-    if continued and team.leads:
-        there = plan.kept(folder).count()
-        print(f"going on with {folder}: {there} of {args.max_images} images are there")
-    label = inputs.label(quantization)
-    logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
-    if args.cond:
-        logger.warning("--cond: no effect, pixel models are unconditional")
-    warn_without_effect(args)
-    network = inputs.loaded
-    if model is not None:
-        network = model.network.to(plan.device)
-    if quantization.recipe is not None:
-        provenance = {"sampling": pipeline.describe(), **model.describe()}
-        batch_size = plan.config.sampling.batch_size
-        network = calibrate_and_write(
-            *(quantization, inputs, ADAPTER, network),
-            lambda count: record(pipeline, model.network, count, batch_size, team),
-            plan.folder,
-            provenance,
-            team,
-            pipeline.path,
-        )
-    warn_of_other_sampler(network, pipeline.timesteps())
-    inputs = model = None  # what runs may take less memory than what was calibrated or loaded
-    network = prepared(network, ADAPTER, args, plan.device, team)
-    sample(plan, network, team)
-    if team.leads:
-        kept = plan.kept(plan.folder)
-        print(*kept.finish(), f"{args.max_images} images of the {label} model in {kept.place}", sep="\n")
+    with open_run(plan.folder, description, wanted, args.resume_calibration, team) as (folder, continued):
+        plan = replace(plan, folder=folder)
+        start_log(plan.folder, args.verbose, team.rank)
+        if continued and team.leads:
+            there = plan.kept(folder).count()
+            print(f"going on with {folder}: {there} of {args.max_images} images are there")
+        label = inputs.label(quantization)
+        logger.info("%s model from %s", label, args.cali_ckpt if model is None else model.source)
+        if args.cond:
+            logger.warning("--cond: no effect, pixel models are unconditional")
+        warn_without_effect(args)
+        network = inputs.loaded
+        if model is not None:
+            network = model.network.to(plan.device)
+        if quantization.recipe is not None:
+            provenance = {"sampling": pipeline.describe(), **model.describe()}
+            batch_size = plan.config.sampling.batch_size
+            network = calibrate_and_write(
+                *(quantization, inputs, ADAPTER, network),
+                lambda count: record(pipeline, model.network, count, batch_size, team),
+                plan.folder,
+                provenance,
+                team,
+                pipeline.path,
+            )
+        warn_of_other_sampler(network, pipeline.timesteps())
+        inputs = model = None  # what runs may take less memory than what was calibrated or loaded
+        network = prepared(network, ADAPTER, args, plan.device, team)
+        sample(plan, network, team)
+        if team.leads:
+            kept = plan.kept(plan.folder)
+            print(*kept.finish(), f"{args.max_images} images of the {label} model in {kept.place}", sep="\n")
 
 
 if __name__ == "__main__":

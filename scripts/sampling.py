@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qdiff.calibration.record import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.commandline import new_folder
 from qdiff.deploy.runtime import prepare
-from qdiff.files import write_text
+from qdiff.files import sole_user, write_text
 from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
@@ -108,40 +109,48 @@ def prepared(
     return prepare(network, adapter, args.runtime, device=device, prefer=args.prefer, report=report)
 
 
+@contextmanager
 def open_run(
     parent: Path,
     description: dict[str, Any],
     wanted: Callable[[Path], list[Path]],
     must_continue: bool = False,
     team: Team = ALONE,
-) -> tuple[Path, bool]:
-    """(folder of this run, whether it was begun earlier).
+) -> Iterator[tuple[Path, bool]]:
+    """(folder of this run, whether it was begun earlier); within the block no other process works in the folder.
 
     The newest folder in `parent` whose description is the same and in which files that are `wanted` are missing is
     gone on with; else a new one is made, named after date and time, or ValueError raised with what differs where the
     run must be continued. The description is kept as sampling_config.yaml. Of a team the leading process decides;
-    raises FileNotFoundError where another one does not see the folder.
+    raises FileNotFoundError where another one does not see the folder, ValueError where another run is at work in it.
     """
-    found = _open_run(parent, description, wanted, must_continue) if team.leads else None
-    folder, continued = team.broadcast(found)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: not seen by process {team.rank}; machines must share the output folder")
-    return folder, continued
+    with ExitStack() as locks:
+        found = _open_run(parent, description, wanted, must_continue, locks) if team.leads else None
+        folder, continued = team.broadcast(found)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: not seen by process {team.rank}; machines must share the output folder")
+        yield folder, continued
 
 
 def _open_run(
-    parent: Path, description: dict[str, Any], wanted: Callable[[Path], list[Path]], must_continue: bool
+    parent: Path,
+    description: dict[str, Any],
+    wanted: Callable[[Path], list[Path]],
+    must_continue: bool,
+    locks: ExitStack,
 ) -> tuple[Path, bool]:
     text = yaml.safe_dump(description, sort_keys=False, width=100, allow_unicode=True)
     runs = sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True)
     for config in runs:
         same = config.read_text(encoding="utf8") == text
         if same and not all(path.exists() for path in wanted(config.parent)):
+            locks.enter_context(sole_user(config.parent))
             remove_leftovers(config.parent)
             return config.parent, True
     if must_continue:
         raise ValueError(f"--resume_calibration: {_why_not(parent, runs, text)}")
     folder = new_folder(parent)
+    locks.enter_context(sole_user(folder))  # before the description shows it to others
     write_text(folder / CONFIG_NAME, text)
     return folder, False
 

@@ -34,7 +34,7 @@ from qdiff.evaluation.report import REPORT_NAME, write
 from qdiff.evaluation.report_sensitivity import sensitivity_report
 from qdiff.evaluation.sensitivity import Sensitivity, UnitCosts, measure, unit_costs
 from qdiff.evaluation.table import markdown_table
-from qdiff.files import write_text
+from qdiff.files import sole_user, write_text
 from qdiff.methods import METHODS, MethodOptions, make_recipe
 from qdiff.parallel import Team
 from qdiff.spec import Recipe
@@ -221,6 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print_plan({**model.where, "steps": model.steps, "bits": sorted(set(args.bits)), "samples": args.n_samples})
         return
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    with sole_user(args.outdir):
+        work(args, model)
+
+
+def work(args: argparse.Namespace, model: ChosenModel) -> None:
+    """Measure, choose, write and print."""
     start_log(args.outdir, args.verbose)
     found = measure_model(args, model)
     bits = choose_bits(args, found)

@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ldm.export import TEXT, exported_config, exported_state, scale_factor_of, t
 from ldm.pretrained import load_config
 from ldm.util import instantiate_from_config
 from qdiff.commandline import make_parser, print_plan, run_main, start_log, whole
-from qdiff.files import load_pickle, save_safetensors, write_text
+from qdiff.files import load_pickle, save_safetensors, sole_user, write_text
 
 logger = logging.getLogger(__name__)
 SECTIONS = {"model": ("target", "params"), "data": ("target", "params"), "lightning": ("trainer",)}
@@ -197,8 +198,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if plan.checkpoint is not None:
         check_checkpoint(plan, model)
     trainer = make_trainer(plan.config["lightning"], plan.folder, args)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with sole_user(plan.folder) if trainer.is_global_zero else nullcontext():
+        fit(plan, trainer, model, data)
+
+
+def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    """Train, and write the weights where they are asked for."""
     if trainer.is_global_zero:
-        start_log(plan.folder, args.verbose)
+        start_log(plan.folder, plan.args.verbose)
         logger.info("plan: %s", json.dumps(plan.describe()))
         write_text(plan.folder / "config.yaml", yaml.safe_dump(plan.describe(), sort_keys=False))
     try:
