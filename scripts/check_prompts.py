@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from conditioning import read_prompts
 from torch import Tensor
 
-from ddim.images import load_png
 from qdiff.commandline import make_parser, run_main
+from qdiff.evaluation.images import open_images
+from qdiff.evaluation.pairs import numbers_of
 from qdiff.evaluation.prompts import prompt_accuracy
+from qdiff.evaluation.runs import PROMPTS_NAME, read_run_prompts
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.evaluation.table import markdown_table
 
+BATCH = 250  # images read at once
 COLUMNS = [
     ("run", "run", "s"),
     ("images", "images", "d"),
@@ -35,13 +37,17 @@ def parse_args(argv: Sequence[str] | None):
     return parser.parse_args(argv)
 
 
-def read_run(folder: Path) -> tuple[Tensor, list[str]]:
+def read_run(folder: Path) -> tuple[Tensor, tuple[str, ...]]:
     """(images [N, 3, H, W] in [0, 1], their prompts). Raises FileNotFoundError or ValueError naming the folder."""
-    prompts = read_prompts(folder / "prompts.txt", "run")
-    paths = sorted((folder / "samples").glob("*.png"))
-    if len(paths) != len(prompts):
-        raise ValueError(f"{folder}: expected {len(prompts)} images, found {len(paths)}; is the run finished?")
-    return torch.stack([load_png(path) for path in paths]), prompts
+    prompts = read_run_prompts(folder)
+    if prompts is None:
+        raise FileNotFoundError(f"run {folder / PROMPTS_NAME}: no such file")
+    images = open_images(folder)
+    if len(images) != len(prompts):
+        raise ValueError(f"{folder}: expected {len(prompts)} images, found {len(images)}; is the run finished?")
+    if numbers_of(images.names) != tuple(range(len(images))):
+        raise ValueError(f"{folder}: expected images with the numbers 0 to {len(images) - 1}, found others")
+    return torch.cat(list(images.batches(BATCH))).float() / 255, prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from sampling import FIRST_CALIBRATION_IMAGE
 from torch import Tensor
 
 from ldm.pipeline import Conditioning
+from qdiff.evaluation.runs import PROMPTS_NAME, is_run, read_run_prompts
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and scripts without a latent model have no use for it
     from ldm.models.diffusion.models import LatentDiffusion
@@ -42,11 +43,15 @@ def number_of_classes(config: DictConfig) -> int | None:
 def read_prompts(path: Path, flag: str) -> list[str]:
     """The prompts of a file, outer white space removed; lines left empty at the end are ignored.
 
+    Those that one of the sampling scripts has kept in its run's folder are taken as they are, empty ones too.
+
     Raises FileNotFoundError, and ValueError naming the flag, the file and the line: not UTF-8, empty, or with control
     characters.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file")
+    if path.name == PROMPTS_NAME and is_run(path.parent):
+        return [check_prompt(prompt, f"{flag} {path}") for prompt in read_run_prompts(path.parent)]
     lines = path.read_bytes().rstrip().split(b"\n")
     prompts = []
     for number, line in enumerate(lines, start=1):

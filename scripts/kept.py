@@ -15,6 +15,7 @@ from sampling import missing_batches
 from torch import Tensor
 
 from ddim.images import save_png
+from qdiff.evaluation.runs import IMAGES_IN, STATISTICS_NAME
 from qdiff.files import save_safetensors
 from qdiff.parallel import Team
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NETWORKS = ("cifar10", "inception")
-FOLDER, STATISTICS_NAME = "features", "statistics.npz"
+FOLDER = "features"
 
 
 def add_kept_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def add_kept_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--features", choices=NETWORKS, help=networks)
     group.add_argument("--inception", type=Path, metavar="FILE", help="Inception's weights (default: torch-fidelity's)")
     group.add_argument("--no_images", action="store_true", help="keep no images, their features alone")
+    parser.set_defaults(skip_save=False)  # of txt2img alone
 
 
 def check_kept_flags(args: argparse.Namespace, shape: Sequence[int]) -> None:
@@ -48,9 +50,10 @@ def check_kept_flags(args: argparse.Namespace, shape: Sequence[int]) -> None:
         check_feature_flags(args, shape)
 
 
-def describe_kept(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is known by of it; nothing where it keeps images alone."""
-    return {} if args.features is None else {"features": args.features, "no_images": args.no_images}
+def describe_kept(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What a run is known by of it. folder: of the images within the run's, which tells readers where they lie."""
+    where = {IMAGES_IN: None if args.no_images or args.skip_save else folder}
+    return where if args.features is None else {"features": args.features, "no_images": args.no_images, **where}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from qdiff.adapters import adapter_for
 from qdiff.calibrated import Inputs, QuantizationPlan, calibrate_and_write, read_inputs, warn_of_other_sampler
 from qdiff.calibration.trajectories import Trajectories, concatenate
 from qdiff.commandline import print_plan, start_log, warn_without_effect
+from qdiff.evaluation.runs import LABELS_NAME, PROMPTS_NAME
 from qdiff.files import write_text
 from qdiff.parallel import Team
 
@@ -141,7 +142,7 @@ class LatentPlan:
             "calibrated_on": None if recipe is None else digest_of(self.calibration_entries),
             **self.quantization.describe(),
             **describe_runtime(self.args),
-            **describe_kept(self.args),
+            **describe_kept(self.args, Path(self.picture).parent.as_posix()),
             "config": OmegaConf.to_container(self.config, resolve=True),
         }
 
@@ -206,7 +207,7 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
             there = plan.kept(folder).count()
             print(f"going on with {folder}: {there} of {plan.images} images are there")
         if plan.entries and team.leads:
-            name = "prompts.txt" if isinstance(plan.entries[0], str) else "labels.txt"
+            name = PROMPTS_NAME if isinstance(plan.entries[0], str) else LABELS_NAME
             write_text(folder / name, "".join(f"{entry}\n" for entry in plan.entries))
         label = inputs.label(quantization)
         logger.info("%s model from %s", label, plan.checkpoint)

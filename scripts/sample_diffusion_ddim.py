@@ -58,6 +58,7 @@ from qdiff.fabric import start_team
 from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
+FOLDER = "img"  # of the images in a run's folder
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,7 +99,7 @@ class Plan:
             "sequence": self.args.sequence,
             **self.quantization.describe(),
             **describe_runtime(self.args),
-            **describe_kept(self.args),
+            **describe_kept(self.args, FOLDER),
             "weights": str(self.args.ckpt or self.config.get("pretrained")),
             "model": OmegaConf.to_container(self.config, resolve=True),
         }
@@ -106,7 +107,7 @@ class Plan:
     def kept(self, folder: Path) -> Kept:
         """The files of the run in `folder`."""
         indices = batches(0, self.args.max_images, self.config.sampling.batch_size)
-        path_of = lambda index: folder / "img" / f"{index}.png"  # noqa: E731
+        path_of = lambda index: folder / FOLDER / f"{index}.png"  # noqa: E731
         return Kept(self.args, folder, path_of, tuple(indices), self.device)
 
 

@@ -21,13 +21,13 @@ from qdiff.calibration.record import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.commandline import new_folder
 from qdiff.deploy.runtime import prepare
+from qdiff.evaluation.runs import CONFIG_NAME
 from qdiff.files import sole_user, write_text
 from qdiff.parallel import Team
 
 logger = logging.getLogger(__name__)
 # Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
 FIRST_CALIBRATION_IMAGE = 2**31
-CONFIG_NAME = "sampling_config.yaml"
 ALONE = Team()
 
 Observer = Callable[[Any], None]  # is shown every network call

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch_fidelity.registry import DATASETS_REGISTRY
 
 from ddim.images import DAMAGED, UnfitImage, pixels_of
+from qdiff.evaluation.runs import SUFFIXES, image_files, images_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg")  # what torch-fidelity takes for images
 LOSSY = (".jpg", ".jpeg")
-RUN_FOLDERS = ("img", "samples")  # where the sampling scripts put images in a run's folder
 ARRAYS = ("arr_0", "images")  # the array of images in an .npz: ADM's name, and a readable one
 NOT_AN_IMAGE = (*DAMAGED, ValueError)
 
@@ -55,6 +54,11 @@ class Images:
         return range(len(self))
 
     @property
+    def names(self) -> Sequence[str]:
+        """Of the images, as pairs and messages know them: files' names, or indices."""
+        return [str(index) for index in range(len(self))]
+
+    @property
     def lossy(self) -> bool:
         """Whether an image has been through a lossy format."""
         return False
@@ -73,10 +77,11 @@ class FolderImages(Images):
     """
 
     def __init__(self, folder: Path) -> None:
-        found = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
-        self.paths = sorted(found, key=natural_order)
+        self.paths = sorted(image_files(folder), key=natural_order)
         if not self.paths:
-            raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none")
+            inner = sorted(path.name for path in folder.iterdir() if any(image_files(path)))
+            where = f" but in {', '.join(inner[:4])}" if inner else ""
+            raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none{where}")
         width, height = size = image_size(self.paths[0])
         for path in self.paths:
             if (other := image_size(path)) != size:
@@ -105,6 +110,10 @@ class FolderImages(Images):
     @property
     def fidelity_order(self) -> Sequence[int]:
         return sorted(range(len(self)), key=lambda index: os.path.realpath(self.paths[index]))
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [path.name for path in self.paths]
 
     @property
     def lossy(self) -> bool:
@@ -137,28 +146,18 @@ class ArrayImages(Images):
 
 
 def open_images(path: str | Path) -> Images:
-    """The images of a folder, of a run's folder (its img/ or samples/), or of an .npz.
+    """The images of a folder, of a run's folder (see `images_folder`), or of an .npz.
 
     Raises FileNotFoundError where path is neither, ValueError with one line where it holds no images of one size.
     """
     path = Path(path)
     if path.is_dir():
-        return FolderImages(folder_of(path))
+        return FolderImages(images_folder(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a folder of images or an .npz, found nothing")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: expected a folder of images or an .npz, found another file")
     return ArrayImages(path)
-
-
-def folder_of(path: Path) -> Path:
-    """The folder in which a run's images lie; `path` itself where it is no run's folder."""
-    if not any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
-        for name in RUN_FOLDERS:
-            inner = path / name
-            if inner.is_dir() and any(file.suffix.lower() in SUFFIXES for file in inner.iterdir()):
-                return inner
-    return path
 
 
 def natural_order(path: Path) -> list[tuple[int, int | str]]:
