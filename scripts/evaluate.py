@@ -41,6 +41,8 @@ from qdiff.evaluation.cache import Cache
 from qdiff.evaluation.distances import FileStatistics, holds_statistics
 from qdiff.evaluation.extractors import INCEPTION, VGG, fetch_weights, found_weights, too_few
 from qdiff.evaluation.images import ARRAYS, Images, RegisteredImages, arrays_in, file_digest, open_images
+from qdiff.evaluation.pairs import few, numbers_of
+from qdiff.evaluation.runs import is_run, read_run_prompts
 from qdiff.evaluation.table import markdown_table
 from qdiff.measured import cache_folder
 
@@ -48,7 +50,6 @@ logger = logging.getLogger(__name__)
 NAMES = (*METRICS, *PAIRED, *PROMPTED)
 PROTOCOL = 50_000  # images of published FID, sFID and IS values
 BUNDLED = "bundled"
-PROMPTS_NAME = "prompts.txt"  # in a run's folder of txt2img.py
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -249,11 +250,17 @@ def origin_of(reference: Images | FileStatistics | None, float_images: Images | 
 
 
 def prompts_of(path: Path, images: Images, prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """A prompt per image: the given ones in turn, or those of a run of txt2img.py."""
-    if prompts is None:
-        own = path / PROMPTS_NAME
-        return tuple(read_prompts(own, "run")) if own.is_file() else None
-    return tuple(prompts[i % len(prompts)] for i in range(len(images)))
+    """A prompt per image: the given ones in turn, or those of a run of txt2img.py.
+
+    The images of a run take theirs by number, so that one that is missing leaves the others theirs.
+    """
+    numbers = (numbers_of(images.names) if is_run(path) else None) or range(len(images))
+    if prompts is not None:
+        return tuple(prompts[number % len(prompts)] for number in numbers)
+    own = read_run_prompts(path)
+    if own is None or max(numbers) >= len(own):
+        return own  # too few are left out by count
+    return tuple(own[number] for number in numbers)
 
 
 def warnings_of(subject: Subject, reference: Images | FileStatistics | None, judge: Judge) -> list[str]:
@@ -271,8 +278,20 @@ def warnings_of(subject: Subject, reference: Images | FileStatistics | None, jud
         found.append(f"{images.name}: {len(images)} images, fewer than features: {names} biased far upwards")
     if subject.reference is not None and len(subject.reference) != len(images):
         found.append(f"{images.name}: {len(images)} images, and {len(subject.reference)} float ones")
+    if subject.reference is not None and set(PAIRED) & set(judge.args.metrics):
+        found += unpaired(subject)
     if images.lossy or (isinstance(reference, Images) and reference.lossy):
         found.append(f"{images.name}: JPEG files; compression changes FID, and PNG files compare only with PNG files")
+    return found
+
+
+def unpaired(subject: Subject) -> list[str]:
+    """A line per set of images and float images that has some without a partner, naming them."""
+    images, reference, found = subject.images, subject.reference, []
+    for one, indices in ((images, subject.pairs.alone), (reference, subject.pairs.unused)):
+        if indices:
+            names = few([one.names[index] for index in indices])
+            found.append(f"{one.name}: without a partner of the same number or name: {names}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ from qdiff.evaluation.intervals import (
     resampled_frechet_distances,
     resampled_inception_scores,
 )
+from qdiff.evaluation.pairs import Pairs, pair_up
 from qdiff.evaluation.table import FD_NAME
 
 NARROW = 512  # features up to which resampling is cheap
@@ -100,6 +102,11 @@ class Subject:
     images: Images
     reference: Images | None = None  # float images
     prompts: tuple[str, ...] | None = None
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Which float image is the partner of which image."""
+        return pair_up(self.images.names, self.reference.names)
 
 
 @dataclass

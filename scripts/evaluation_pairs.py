@@ -17,6 +17,7 @@ from qdiff.evaluation.clip_score import ClipScore
 from qdiff.evaluation.distances import NotThere
 from qdiff.evaluation.features import IMAGE_SHAPE
 from qdiff.evaluation.intervals import half_width, mean_half_width, resampled_means
+from qdiff.evaluation.pairs import few
 from qdiff.evaluation.perceptual import CIFAR10_METRIC, LPIPS_FILES, Cifar10Distance, Lpips, lpips_folder
 from qdiff.evaluation.prompts import class_of_prompt, named_classes
 from qdiff.evaluation.similarity import SSIM_WINDOW, decibels, squared_errors, ssim
@@ -65,9 +66,11 @@ class Comparer:
         images, reference = subject.images, subject.reference
         if reference is None:
             raise NotThere("no float images (--float)")
-        if (len(images), images.shape) != (len(reference), reference.shape):
+        alone = [images.names[index] for index in subject.pairs.alone]
+        if alone or images.shape != reference.shape:
             found = " and ".join(f"{len(x)} of {x.shape[2]}x{x.shape[1]}" for x in (images, reference))
-            raise NotThere(f"images and float images make no pairs: {found}")
+            missing = f"; no float image of the number or name of {few(alone)}" * bool(alone)
+            raise NotThere(f"images and float images make no pairs: {found}{missing}")
         if name == "psnr":
             return lambda a, b: squared_errors(a.double() / 255, b.double() / 255, False)
         if name == "ssim":
@@ -136,7 +139,8 @@ def _values(measures: dict[str, Measure], subject: Subject) -> dict[str, Tensor]
     if not measures:
         return {}
     found: dict[str, list[Tensor]] = {name: [] for name in measures}
-    pairs = zip(subject.images.batches(BATCH), subject.reference.batches(BATCH), strict=True)
+    partners = subject.pairs.partners
+    pairs = zip(subject.images.batches(BATCH), subject.reference.batches(BATCH, partners), strict=True)
     with tqdm(total=len(subject.images), desc="pairs", unit="image", dynamic_ncols=True) as bar:
         for images, reference in pairs:
             for name, measure in measures.items():

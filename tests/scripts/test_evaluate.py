@@ -213,6 +213,41 @@ def test_a_run_brings_its_prompts(tmp_path):
     assert found["accuracy"] >= 0.6
 
 
+def test_a_run_lacks_an_image(tmp_path):
+    """The others keep their prompts: its own ones, and given ones."""
+    run = tmp_path / "run"
+    write_images(run / "samples", PIXELS[:8])
+    (run / "sampling_config.yaml").write_text("images_in: samples\n")
+    prompts = "".join(f"a {CLASSES[label]}\n" for label in LABELS[:8])
+    (run / "prompts.txt").write_text(prompts)
+    (tmp_path / "given.txt").write_text(prompts)
+    named = [line["value"] for line in evaluate(tmp_path, run, "--metrics", "accuracy")[2]["scores"]]
+    (run / "samples" / "1.png").unlink()
+    right = prompt_accuracy(tensor(PIXELS[[0, *range(2, 8)]]), [f"a {CLASSES[LABELS[i]]}" for i in (0, *range(2, 8))])
+    for flags in ((), ("--prompts", tmp_path / "given.txt")):
+        assert evaluate(tmp_path, run, "--metrics", "accuracy", *flags)[1] == {"accuracy": pytest.approx(right)}
+    assert named[0] >= 0.6 and right >= 0.5
+
+
+def test_pairs_go_by_number(tmp_path, folders):
+    """Though both sets have as many images, each lacks another one."""
+    _, floats, _ = folders
+    some = write_images(tmp_path / "some", noisy(PIXELS[:40]), [f"sample_{i:06}.png" for i in range(40)])
+    flags = (some, "--float", floats, "--metrics", "psnr", "ssim", "perceptual", "--bootstrap", 0)
+    (some / "sample_000003.png").unlink()
+    result, found, _ = evaluate(tmp_path, *flags)
+    chosen = [i for i in range(40) if i != 3]
+    a, b = tensor(noisy(PIXELS[:40])[chosen]), tensor(PIXELS[:40][chosen])
+    assert found["psnr"] == pytest.approx(pooled_psnr_db(a / 255, b / 255), rel=1e-6)
+    assert found["ssim"] == pytest.approx(ssim(a, b).mean().item(), rel=1e-12)
+    assert any(
+        line.endswith("float: without a partner of the same number or name: 3.png") for line in result.complaints
+    )
+    fewer = write_images(tmp_path / "fewer", PIXELS[:39])
+    result, found, _ = evaluate(tmp_path, some, "--float", fewer, *flags[3:])
+    assert found == {} and "no float image of the number or name of sample_000039.png" in result.out
+
+
 def test_identical_images_are_said_to_be(tmp_path, folders):
     _, floats, _ = folders
     result, found, content = evaluate(tmp_path, floats, "--float", floats, "--metrics", "psnr", "ssim")
@@ -269,7 +304,8 @@ def test_warnings(tmp_path, folders):
     few = write_images(tmp_path / "few", PIXELS[:9])
     result, found, _ = evaluate(tmp_path, images, "--float", few, "--metrics", "psnr", "ssim", "fd_float")
     assert found.keys() == {"fd_float"}
-    assert "left out: psnr, ssim: images and float images make no pairs: 40 of 32x32 and 9 of 32x32" in result.out
+    assert "left out: psnr, ssim: images and float images make no pairs: 40 of 32x32 and 9 of 32x32; " in result.out
+    assert "no float image of the number or name of 9.png, 10.png, 11.png and 28 more" in result.out
     assert any("40 images, and 9 float ones" in line for line in result.complaints)
     (tmp_path / "jpeg").mkdir()
     for i in range(3):
