@@ -20,7 +20,7 @@ import torch_fidelity
 from chosen_model import add_model_flags
 from conditioning import read_prompts
 from evaluation_cost import TABLE, costs, in_units, layers_csv
-from evaluation_metrics import DRAWS, METRICS, WIDE_DRAWS, Judge, Subject
+from evaluation_metrics import DRAWS, METRICS, REFERENCE, WIDE_DRAWS, Judge, Subject
 from evaluation_pairs import PAIRED, PROMPTED, Comparer
 from evaluation_report import csv_lines, left_out_lines, rows_of, table_of, write_csv, write_json
 from evaluation_samples import SamplingPlan, plan_sampling, sample_folders
@@ -226,8 +226,20 @@ def open_reference(args: argparse.Namespace) -> Images | FileStatistics | None:
         return RegisteredImages(args.reference, args.datasets_root, args.download)
     path = Path(args.reference)
     if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
-        return FileStatistics(path)
+        return fitting_statistics(args, path)
     return open_images(path)
+
+
+def fitting_statistics(args: argparse.Namespace, path: Path) -> FileStatistics:
+    """The statistics of a file. Raises ValueError where none of the chosen distances can take them, nor its images."""
+    found = FileStatistics(path)
+    chosen = [METRICS[name] for name in args.metrics if name in METRICS]
+    chosen = [metric for metric in chosen if metric.against == REFERENCE and metric.kind == "frechet"]
+    reasons = [found.unfit(metric.layer) for metric in chosen]
+    if reasons and all(reasons) and images_beside(found) is None:
+        names = ", ".join(metric.name for metric in chosen)
+        raise ValueError(f"--reference {reasons[0]}, which --metrics {names} takes")
+    return found
 
 
 def images_beside(reference: Images | FileStatistics | None) -> Images | None:

@@ -164,19 +164,13 @@ class Judge:
         self._extractor(metric.network)  # without weights, that is the reason
         if self.reference_images is not None:
             return FileStatistics(self.reference.path, self._image_features(self.reference_images, metric.network))
-        if metric.network == CIFAR10 and not self._has_cifar_statistics():
+        if metric.network == CIFAR10 and self.reference is None:
             bundled = FileStatistics(models_folder() / CIFAR10 / "train_statistics.npz")
             bundled.name = "bundled statistics"
             return bundled
         if self.reference is None:
             raise NotThere("no reference (--reference)")
         return self.reference
-
-    def _has_cifar_statistics(self) -> bool:
-        try:
-            return self.reference is not None and bool(self.reference.statistics(CIFAR10_LAYER))
-        except NotThere:
-            return False
 
     def _image_features(self, images: Images, network: str, cached: bool = True) -> ImageFeatures:
         extractor = self._extractor(network)

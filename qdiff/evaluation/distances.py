@@ -113,13 +113,19 @@ class ImageFeatures(Features):
 
 class FileStatistics(Features):
     """Statistics of a file: an .npz with mu [C] and sigma [C, C], as FID's published ones, ADM's with mu_s and sigma_s
-    too, or the bundled one. of_images: features of images in the same file, for what its statistics do not serve."""
+    too, or the bundled one. of_images: features of images in the same file, for what its statistics do not serve.
+
+    Raises ValueError for statistics of no known network: another shape, width or type.
+    """
 
     def __init__(self, path: Path, of_images: Features | None = None) -> None:
         self.path, self.name, self.of_images = path, str(path), of_images
         there = arrays_in(path)
         count = next((key for key in COUNTS if key in there), None)
-        self.count = None if count is None else int(read_array(path, count))
+        self.count = None if count is None else _whole_number(path, count)
+        for names in dict.fromkeys(STATISTICS.values()):
+            if set(names) <= set(there):
+                self._check(names)
 
     def features(self, layer: str) -> Tensor:
         if self.of_images is None:
@@ -127,25 +133,42 @@ class FileStatistics(Features):
         return self.of_images.features(layer)
 
     def statistics(self, layer: str) -> dict[str, Any]:
-        reason = self._unfit(layer)
+        reason = self.unfit(layer)
         if reason is not None:
             if self.of_images is not None:
                 return self.of_images.statistics(layer)
             raise NotThere(reason)
         mu, sigma = (np.array(read_array(self.path, name)) for name in STATISTICS[layer])
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-            raise ValueError(f"{self.path}: expected statistics [C] and [C, C], found {mu.shape}, {sigma.shape}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"{self.path}: expected finite statistics, found infinite or undefined values")
         return {"mu": mu.astype(np.float64), "sigma": sigma.astype(np.float64)}
 
-    def _unfit(self, layer: str) -> str | None:
+    def _check(self, names: tuple[str, str]) -> None:
+        """Raise ValueError where arrays are not the mean and the covariance of any layer's features."""
+        mu, sigma = (read_array(self.path, name) for name in names)
+        widths = sorted({WIDTHS[layer] for layer, own in STATISTICS.items() if own == names})
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or len(mu) not in widths:
+            wanted = f"{names[0]} [C] and {names[1]} [C, C] with C = {' or '.join(map(str, widths))}"
+            raise ValueError(f"{self.path}: expected {wanted}, found {list(mu.shape)} and {list(sigma.shape)}")
+        for name, array in zip(names, (mu, sigma), strict=True):
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{self.path}: {name}: expected numbers, found {array.dtype}")
+
+    def unfit(self, layer: str) -> str | None:
         """Why the file's statistics are not the layer's; None where they are."""
         names, there = STATISTICS.get(layer, ()), arrays_in(self.path)
         if not names or not set(names) <= set(there):
             return f"{self.name} holds {', '.join(there)}, expected {' and '.join(names) or 'images'}"
-        width = len(np.atleast_1d(read_array(self.path, names[0])))
+        width = len(read_array(self.path, names[0]))
         return None if width == WIDTHS[layer] else f"{self.name}: of {width} features, expected {WIDTHS[layer]}"
+
+
+def _whole_number(path: Path, name: str) -> int:
+    """An array of one number, as a count is stored."""
+    found = read_array(path, name)
+    if found.size != 1 or found.dtype.kind not in "iuf" or not float(found.item()).is_integer():
+        raise ValueError(f"{path}: {name}: expected a number of images, found {found.dtype} {list(found.shape)}")
+    return int(found.item())
 
 
 def holds_statistics(path: Path) -> bool:

@@ -136,6 +136,26 @@ def test_a_reference_of_images_or_of_statistics(tmp_path, folders):
     assert content["sha256"].keys() == {str(images), "reference"}
 
 
+@pytest.mark.parametrize(
+    ("mu", "sigma", "found"),
+    [((100,), (100, 100), "[100] and [100, 100]"), ((256, 1), (256, 256), "[256, 1]"), ((256,), (9, 9), "[9, 9]")],
+)
+def test_statistics_of_another_shape_are_refused(tmp_path, folders, mu, sigma, found):
+    """They are not replaced by the bundled ones, nor by images beside them."""
+    for beside in ({}, {"arr_0": PIXELS[40:80]}):
+        np.savez(tmp_path / "reference.npz", mu=np.zeros(mu), sigma=np.ones(sigma), **beside)
+        result = call("evaluate", folders[0], "--reference", tmp_path / "reference.npz", "--metrics", "fd")
+        refused(result, "reference.npz: expected mu [C] and sigma [C, C] with C = 256 or 2048", found)
+
+
+def test_statistics_of_another_network_are_not_replaced(tmp_path, folders):
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    flags = (folders[0], "--reference", tmp_path / "reference.npz", "--metrics")
+    refused(call("evaluate", *flags, "fd"), "--reference", "of 2048 features, expected 256", "--metrics fd")
+    result, found, _ = evaluate(tmp_path, *flags, "fd", "fid")
+    assert found == {} and "left out: fd: " in result.out and "of 2048 features, expected 256" in result.out
+
+
 def test_a_reference_of_both(tmp_path, folders):
     """ADM's files: what their statistics do not serve takes their images."""
     images, _, _ = folders

@@ -177,10 +177,13 @@ def test_a_file_of_both_serves_what_its_statistics_do_not(tmp_path, extractor, c
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(256), "sigma": np.zeros((3, 3))}, r"found \(256,\), \(3, 3\)"),
+        ({"mu": np.zeros(256), "sigma": np.zeros((3, 3))}, r"found \[256\] and \[3, 3\]"),
+        ({"mu": np.zeros(256), "sigma": np.full((256, 256), "a")}, "sigma: expected numbers, found <U1"),
+        ({"mu": np.zeros(256), "sigma": np.eye(256), "n": [1, 2]}, r"n: expected a number of images.*\[2\]"),
+        ({"mu": np.zeros(256), "sigma": np.eye(256), "n": np.inf}, "n: expected a number of images"),
         ({"mu": np.full(256, np.nan), "sigma": np.eye(256)}, "expected finite statistics"),
     ],
-    ids=["shape", "NaN"],
+    ids=["shape", "text", "counts", "infinite", "NaN"],
 )
 def test_wrong_statistics_are_an_error(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
