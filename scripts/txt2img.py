@@ -45,6 +45,7 @@ CKPT = Path("models/ldm/stable-diffusion-v1/model.ckpt")
 LAION_CONFIG = Path("configs/latent-diffusion/txt2img-1p4B-eval.yaml")
 LAION_CKPT = Path("models/ldm/text2img-large/model.ckpt")
 OUTDIR, LAION_OUTDIR = Path("outputs/txt2img-samples"), Path("outputs/txt2img-samples-laion400m")
+PROMPT = "a painting of a virus monster playing guitar"  # the original's
 GRID_ROWS = 20  # of one grid; more images make more grids
 
 
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--laion400m", action="store_true", help=f"the LAION-400M model: {LAION_CONFIG}, {LAION_CKPT}")
     group.add_argument("--no_grad_ckpt", action="store_true", help="no activation checkpointing in the U-Net")
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", help="what to show")
+    group.add_argument("--prompt", help=f"what to show (default: {PROMPT})")
     group.add_argument("--from-file", type=Path, metavar="FILE", help="a prompt per line, instead of --prompt")
     group.add_argument("--cali_prompts", type=Path, metavar="FILE", help="prompts that calibrate (default: the above)")
     group.add_argument("--cond", action="store_true", help="no effect: the model is always conditioned on its prompt")
@@ -90,9 +91,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError naming flags that are at odds; fill in what --laion400m stands for."""
-    if (args.prompt is None) == (args.from_file is None):
+    """Raise ValueError naming flags that are at odds; fill in the prompt, and what --laion400m stands for."""
+    if args.prompt is not None and args.from_file is not None:
         raise ValueError("--prompt, --from-file: give one of them")
+    if args.prompt is None and args.from_file is None:
+        args.prompt = PROMPT
     if args.plms and args.dpm:
         raise ValueError("--plms, --dpm: each names a sampler; give one of them")
     if (args.plms or args.dpm) and args.ddim_eta:

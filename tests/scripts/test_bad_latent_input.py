@@ -24,11 +24,11 @@ def fails(latent, tmp_path):
     def check(name, *flags, names=()):
         before, model = tree(tmp_path), getattr(latent, name)
         if name == "sd":
-            prompt = () if {"--prompt", "--from-file"} & {*flags} or flags[:1] == ("none",) else ("--prompt", "a cat")
+            prompt = () if {"--prompt", "--from-file"} & {*flags} else ("--prompt", "a cat")
             line = ("txt2img", "--ckpt", model.folder, *TXT2IMG, *prompt, "--outdir", tmp_path / "out")
         else:
             line = ("sample_diffusion_ldm", "-r", model.folder, *LDM, "-l", tmp_path / "out")
-        message = refused(call(*line, *(flag for flag in flags if flag != "none")), *names)
+        message = refused(call(*line, *flags), *names)
         assert tree(tmp_path) == before
         return message
 
@@ -73,7 +73,6 @@ CIN_FLAGS = [
     ("--samples_per_class 0", ("--samples_per_class", "at least 1")),
 ]
 SD_FLAGS = [
-    ("none", ("--prompt, --from-file", "give one")),
     ("--prompt a --from-file b", ("--prompt, --from-file", "give one")),
     ("--from-file nope.txt", ("--from-file nope.txt", "no such file")),
     ("--ptq --cali_prompts nope.txt", ("--cali_prompts nope.txt", "no such file")),
@@ -105,7 +104,7 @@ def test_flags(fails, name, flags, names):
 
 def test_nothing_at_all(tmp_path):
     refused(call("sample_diffusion_ldm"), "-r/--resume_base, --seed", "required")
-    refused(call("txt2img"), "--prompt, --from-file", "give one")
+    refused(call("txt2img"), "models/ldm/stable-diffusion-v1/model.ckpt", "no such")
     assert tree(tmp_path) == {}
 
 

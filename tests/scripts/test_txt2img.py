@@ -115,6 +115,15 @@ def test_a_file_of_prompts_is_sampled_in_its_order_n_iter_times(latent, tmp_path
     assert not torch.equal(found[0], found[3])
 
 
+def test_without_a_prompt_the_originals_is_shown(latent, tmp_path):
+    short = ("--n_samples", 1, "--n_iter", 1)
+    run = txt2img(latent.sd, tmp_path / "out", *short)
+    assert (run / "prompts.txt").read_text() == "a painting of a virus monster playing guitar\n"
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    run = txt2img(latent.sd, tmp_path / "file", *short, "--from-file", "prompts.txt")
+    assert (run / "prompts.txt").read_text() == "a cat\n"
+
+
 def test_the_prompt_changes_the_image(latent, tmp_path):
     prompts = ("a cat", "a dog", "A  CAT", "")
     found = [one(latent, tmp_path / f"{i}", "--prompt", prompt) for i, prompt in enumerate(prompts)]
