@@ -216,6 +216,7 @@ def test_states_of_another_shape_are_refused(data, models, timesteps):
 
 @pytest.mark.parametrize("name", ["plain", "transformer", "labels", "pixel"])
 @pytest.mark.parametrize("file", ["ckpt.pth", "ckpt.safetensors"])
+@pytest.mark.cases("ckpt.pth-transformer", "ckpt.pth-pixel", "ckpt.safetensors-labels", "ckpt.safetensors-plain")
 def test_what_was_calibrated_is_what_is_loaded(calibrated, models, read, assert_same_numbers, name, file):
     network, folder = calibrated(name, *NEAREST, *ACTS)
     adapter, build, conditional = models[name]
@@ -252,6 +253,9 @@ def test_without_quant_act_a_files_activations_stay_out(calibrated, models, file
     ],
     ids=["weights", "acts", "softmax", "symmetry", "split"],
 )
+@pytest.mark.cases(
+    "weights-ckpt.pth", "acts-ckpt.safetensors", "softmax-ckpt.pth", "symmetry-ckpt.safetensors", "split-ckpt.*"
+)
 def test_flags_that_contradict_a_file_are_named(calibrated, models, file, given, message):
     _, folder = calibrated("transformer", *NEAREST, *ACTS)
     adapter, build, _ = models["transformer"]
@@ -269,6 +273,7 @@ def test_a_file_without_activations_has_none_to_use(calibrated, models):
 
 @pytest.mark.parametrize("other", ["plain", "labels", "pixel"])
 @pytest.mark.parametrize("file", ["ckpt.pth", "ckpt.safetensors"])
+@pytest.mark.cases("ckpt.pth-plain", "ckpt.pth-labels", "ckpt.safetensors-labels", "ckpt.safetensors-pixel")
 def test_a_file_of_another_model_is_refused(calibrated, models, other, file):
     _, folder = calibrated("transformer", *NEAREST)
     adapter, build, _ = models[other]
@@ -281,6 +286,7 @@ def test_a_file_of_another_model_is_refused(calibrated, models, other, file):
 
 @pytest.mark.parametrize("file", ["ckpt.pth", "ckpt.safetensors"])
 @pytest.mark.parametrize("name", ["plain", "transformer"])
+@pytest.mark.cases("plain-ckpt.pth", "plain-ckpt.safetensors")
 def test_weights_of_a_file_with_new_activations(calibrated, name, file):
     """Activations are calibrated to the bits of the flags, on the data of this run; weights stay those of the file."""
     network, folder = calibrated(name, *NEAREST)

@@ -169,6 +169,7 @@ def test_a_weights_only_file_loads_without_activations(golden, case_network, cas
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8], ids=lambda b: f"w{b}")
 @pytest.mark.parametrize("finder", ["minmax", "shrink"])
+@pytest.mark.cases("minmax-*", "shrink-w2", "shrink-w4", "shrink-w8")
 def test_the_width_of_weights_can_be_told_from_the_codes(quantized, adapter, tmp_path, bits, finder):
     """So that the right flag is never refused, and one that is far off always is."""
     stage = WeightRanges(RangeSpec(finder, candidates=None if finder == "minmax" else 80))
@@ -209,6 +210,7 @@ def test_a_channel_that_its_search_has_narrowed_much_does_not_widen_all(tmp_path
 
 @pytest.mark.parametrize("float_base", [False, True], ids=["folded", "float-weights"])
 @pytest.mark.parametrize("recipe", EXPRESSIBLE, ids=name_of)
+@pytest.mark.cases("*-folded", "w4a8-float-weights", "compensated-float-weights")
 def test_a_written_file_comes_back_bit_for_bit(
     quantized, make_network, adapter, states, float_weights, assert_same_numbers, tmp_path, recipe, float_base
 ):

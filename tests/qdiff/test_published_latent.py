@@ -96,6 +96,7 @@ def test_golden_predictions(golden):
 
 
 @pytest.mark.parametrize("part", ["softmax", "split", "operand", "alpha"])
+@pytest.mark.cases("ddim_split_w4a8_sym-*", "ldm_w4a8-alpha", "sd_split_w8a8_sm16-softmax")
 def test_a_perturbed_golden_file_fails(golden, tmp_path, part):
     """Every kind of entry of a file matters to the outputs."""
     state = torch.load(golden[0] / "qdiff_wa.pth", weights_only=True)
@@ -213,6 +214,13 @@ def test_keys_of_attention_operands(quantized_latent, latent_adapter, form):
 
 @pytest.mark.parametrize("float_base", [False, True], ids=["folded", "float-weights"])
 @pytest.mark.parametrize("recipe", RECIPES[2:], ids=lambda recipe: recipe.name)
+@pytest.mark.cases(
+    "plain-*-folded",
+    "transformer-softmax16-*",
+    "transformer-signed-softmax16-folded",
+    "transformer-compensated-float-weights",
+    "plain-split-signed-float-weights",
+)
 def test_a_written_file_comes_back_bit_for_bit(
     quantized_latent,
     make_latent,
@@ -236,6 +244,7 @@ def test_a_written_file_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:7], ids=lambda recipe: recipe.name)
+@pytest.mark.cases("plain-*", "transformer-split-signed", "transformer-softmax16", "transformer-signed-softmax16")
 def test_the_original_code_computes_the_same_with_the_flags_we_name(
     quantized_latent, make_latent, latent_adapter, latent_states, tmp_path, recipe, form
 ):
@@ -256,6 +265,7 @@ def test_the_original_code_computes_the_same_with_the_flags_we_name(
 
 @pytest.mark.parametrize("form", ["plain", "transformer", "deep", "labels"])
 @pytest.mark.parametrize("recipe", [RECIPES[3], RECIPES[4]], ids=lambda recipe: recipe.name)
+@pytest.mark.cases("split-signed-plain", "split-signed-labels", "softmax16-transformer")
 def test_the_native_file_comes_back_bit_for_bit(
     quantized_latent, latent_adapter, latent_states, timesteps, assert_same_numbers, tmp_path, recipe, form
 ):

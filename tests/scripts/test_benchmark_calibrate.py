@@ -83,6 +83,7 @@ def test_against_plain(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["quick", "q-diffusion"])
+@pytest.mark.cases("q-diffusion")
 def test_the_plain_loop_comes_to_the_same_result(tiny, method):
     """In float64, where rounding cannot tip a code."""
     config = load_config(tiny.config)

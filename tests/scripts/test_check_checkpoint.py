@@ -103,6 +103,7 @@ def test_one_perturbed_tensor_fails(case, file, key, wrong):
     assert [name for name, verdict in verdicts(result).items() if verdict == "too large"] == wrong
 
 
+@pytest.mark.long
 def test_in_a_process_of_its_own(case):
     perturb(case / "qdiff_wa.pth", "model.conv_in.bias", lambda tensor: tensor + 1e-3)
     result = launch(CHECK, "--case", case)

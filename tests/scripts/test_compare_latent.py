@@ -126,6 +126,7 @@ def test_errors_of_known_predictions(sampler):
 
 
 @pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
+@pytest.mark.cases("plms")
 def test_samplers(latent, monkeypatch, tmp_path, sampler):
     in_this_process(monkeypatch)
     flags = ("--prompt", "a cat", "--sample_type", sampler, "--methods", "nearest", "--outdir", tmp_path)

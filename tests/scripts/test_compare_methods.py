@@ -265,6 +265,7 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("function", ["calibrate", "sample_entry", "root_mean_squares"])
+@pytest.mark.cases("calibrate", "root_mean_squares")
 def test_an_interrupted_entry_goes_on(tiny, inline, whole, monkeypatch, tmp_path, function):
     """To the same result as one that was not interrupted, without a second calibration once that is done."""
     original, made = getattr(comparison_parts, function), []

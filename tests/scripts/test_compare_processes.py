@@ -16,6 +16,7 @@ COMPARE = "compare_methods"
 SHORT = ("--timesteps", 4, "--cali_st", 2, "--cali_n", 2, "--n_samples", 4)
 
 
+@pytest.mark.long
 def test_a_part_that_fails(tiny, tmp_path):
     """The others go on; what is wrong is said."""
     (tmp_path / "out" / "nearest_w4a8.safetensors").mkdir(parents=True)

@@ -57,6 +57,7 @@ def test_the_originals_file_holds_the_same(data, name):
 
 
 @pytest.mark.parametrize("name", ["ldm", "cin", "sd"])
+@pytest.mark.cases("cin")
 def test_it_calibrates_as_states_that_the_run_makes_itself(latent, data, tmp_path, name):
     """With the same seed and batches: the same checkpoints and images, byte by byte."""
     model = getattr(latent, name)

@@ -60,18 +60,21 @@ def resumed(tiny, made, out, template, resume, ckpt):
 
 
 @pytest.mark.parametrize("resume", ["--resume", ""], ids=["--resume", "older-copies"])
+@pytest.mark.cases("w4---resume", "w8-older-copies")
 def test_with_activations(tiny, made, tmp_path, resume):
     result, images = resumed(tiny, made, tmp_path / "out", SAMPLE_WITH_ACTIVATIONS, resume, made[1] / "ckpt.pth")
     assert f"W{made[0]}A8" in result.out and images == pictures(made[1])
 
 
 @pytest.mark.parametrize("resume", ["--resume", ""], ids=["--resume", "older-copies"])
+@pytest.mark.cases("w8---resume", "w4-older-copies")
 def test_weights_only(tiny, made, tmp_path, resume):
     result, images = resumed(tiny, made, tmp_path / "out", SAMPLE, resume, made[1] / "ckpt.pth")
     assert f"W{made[0]}A32" in result.out and images != pictures(made[1])
 
 
 @pytest.mark.parametrize("template", [SAMPLE, SAMPLE_WITH_ACTIVATIONS], ids=["weights", "with-activations"])
+@pytest.mark.cases("w4-weights", "w8-with-activations")
 def test_on_a_file_that_the_original_wrote(tiny, made, tmp_path, template):
     """Nothing in the file but the original's tensors; the weights are the same, so W-only images are too."""
     torch.save(dict(torch.load(made[1] / "ckpt.pth", weights_only=True)), tmp_path / "original.pth")
@@ -80,6 +83,7 @@ def test_on_a_file_that_the_original_wrote(tiny, made, tmp_path, template):
         assert images == resumed(tiny, made, tmp_path / "ours", SAMPLE, "--resume", made[1] / "ckpt.pth")[1]
 
 
+@pytest.mark.cases("w4")
 def test_in_a_process_of_its_own_with_relative_paths(tiny, made, tmp_path):
     (tmp_path / "w.pth").write_bytes((made[1] / "ckpt.pth").read_bytes())
     values = {"config": tiny.config, "bits": made[0], "resume": "", "out": "out", "ckpt": "w.pth"}

@@ -145,6 +145,7 @@ def test_eight_bits_of_a_file_that_the_original_wrote(root, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("made", ["stable-diffusion"], indirect=True)
+@pytest.mark.long
 def test_in_a_process_of_its_own(root, made):
     """With relative paths, as people type them."""
     script, template, _, activations = FAMILIES[made[0]]

@@ -222,6 +222,14 @@ TWICE = ("--cali_iters", 2, "--cali_iters_a", 2, "--cali_st", 2, "--cali_n", 2)
     ids=["nearest", "gptq", "q-diffusion", "running_stat", "linear", "gptq-start", "compat"],
 )
 @pytest.mark.parametrize("grids", ["symmetric-split", "affine"])
+@pytest.mark.cases(
+    "symmetric-split-nearest",
+    "affine-gptq",
+    "symmetric-split-running_stat",
+    "affine-linear",
+    "symmetric-split-gptq-start",
+    "symmetric-split-compat",
+)
 def test_every_method_calibrates_and_resumes(tiny, tmp_path, grids, flags):
     bits = tiny.w4a8 if grids == "symmetric-split" else ("--ptq", "--weight_bit", 3, "--quant_act", "--act_bit", 6)
     if "symmetric_softmax" in flags and grids == "affine":
@@ -270,6 +278,7 @@ def test_data_may_have_more_steps_than_the_images_are_sampled_with(tiny, recipe,
 
 
 @pytest.mark.parametrize("source", ["ckpt.safetensors", "ckpt.pth", "original", "weights"])
+@pytest.mark.cases("ckpt.safetensors", "weights")
 def test_resume_w_keeps_the_codes_and_calibrates_activations(tiny, calibrated, published, tmp_path, source):
     path = {"original": published.both, "weights": published.weights}.get(source, calibrated.folder / source)
     flags = (*tiny.w4a8, *tiny.quick, "--cali_ckpt", path, "--resume_w")

@@ -219,6 +219,7 @@ Q_DIFFUSION = ("--cali_iters", 2, "--cali_iters_a", 2, "--cali_st", 2, "--cali_n
     [("cin", ("--scale", 2), QUICK), ("ldm", (), Q_DIFFUSION)],
     ids=["guided-quick", "q-diffusion"],
 )
+@pytest.mark.cases("q-diffusion")
 def test_methods_that_learn(latent, tmp_path, name, flags, method):
     model, flags = getattr(latent, name), (*W4A8, *flags)
     run = sample_ldm(model, tmp_path / "out", *flags, *method)

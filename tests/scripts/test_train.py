@@ -164,6 +164,7 @@ def assert_same_training(one, path):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.cases("accumulated", "vq")
 def test_a_training_goes_on_as_if_it_had_not_ended(uninterrupted, tmp_path, case):
     name, more, whole = uninterrupted(case)
     passed(call("train", *flags(name, tmp_path, *more, steps=3)))
@@ -172,6 +173,7 @@ def test_a_training_goes_on_as_if_it_had_not_ended(uninterrupted, tmp_path, case
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.cases("accumulated", "sd")
 def test_a_killed_training_goes_on_as_if_it_had_not_been(uninterrupted, tmp_path, monkeypatch, case):
     name, more, whole = uninterrupted(case)
 

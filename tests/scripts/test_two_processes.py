@@ -3,6 +3,7 @@
 import socket
 import subprocess
 
+import pytest
 from latents import txt2img
 from running import ENVIRONMENT, Result, call, command, launch, only_run, passed, tree
 
@@ -47,6 +48,7 @@ def test_a_pixel_model(tiny, tmp_path):
     assert team.out.count("3 images of the W4A8 model") == 1 and team.bars == alone.bars
 
 
+@pytest.mark.long
 def test_a_text_to_image_model(latent, tmp_path):
     """With guidance, and grids of images that both processes have written."""
     flags = ("--prompt", "a cat", "--ptq", "--weight_bit", 4, "--method", "nearest", "--cali_st", 2, "--cali_n", 3)

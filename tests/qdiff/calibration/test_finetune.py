@@ -212,6 +212,7 @@ def whole(interruptible):
 
 
 @pytest.mark.parametrize("killed_after", [1, 9])  # snapshots come after every other iteration
+@pytest.mark.cases("9")
 def test_a_killed_run_goes_on_to_the_same_result(interruptible, whole, tmp_path, assert_same_numbers, killed_after):
     options = RunOptions(record=tmp_path / "record", memory=MemoryLimits(host=10**5), scratch=tmp_path)
     with pytest.raises(Killed):

@@ -132,6 +132,7 @@ FORMS = ["plain", "transformer", "deep", "labels"]
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.cases("plain-float", "deep-float", "transformer-quantized", "labels-quantized")
 def test_conditioning_reaches_the_segments_as_in_a_plain_forward(
     make_latent, quantized_latent, latent_adapter, latent_states, form, kind
 ):
@@ -204,6 +205,7 @@ def test_memory_limits_change_no_bit(any_network, adapter, states, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["transformer", "labels"])
+@pytest.mark.cases("transformer")
 def test_memory_limits_change_no_bit_of_latent_networks(
     quantized_latent, latent_adapter, latent_states, form, tmp_path
 ):
@@ -291,6 +293,7 @@ def segment_calls(network, adapter, run):
     [("quick", ()), ("q-diffusion", ()), ("q-diffusion", ("definition_order",))],
     ids=["quick", "q-diffusion", "q-diffusion-in-order-of-definition"],
 )
+@pytest.mark.cases("q-diffusion", "q-diffusion-in-order-of-definition")
 def test_a_stage_runs_the_float_network_once_over_the_samples(make_network, adapter, states, timesteps, method, compat):
     """In the order of definition it starts again where the network runs up.1 before up.0."""
     ranges = {"weight_range": "minmax", "act_range": "minmax"}

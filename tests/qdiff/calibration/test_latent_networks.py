@@ -63,6 +63,15 @@ def units_of(adapter, network):
     ],
     ids=lambda value: value if isinstance(value, str) else "w4" if value is W4 else "w4a8",
 )
+@pytest.mark.cases(
+    "nearest-lp-transformer-w4a8",
+    "quick-transformer-w4a8",
+    "eda-dm-transformer-w4a8",
+    "quest-transformer-w4a8",
+    "gptq-plain-w4a8",
+    "q-diffusion-labels-w4a8",
+    "q-diffusion-plain-w4",
+)
 def test_every_method_calibrates_every_layer(
     quantized_latent, make_latent, latent_adapter, latent_states, method, form, options
 ):
@@ -86,6 +95,7 @@ def assert_calibrated(network, plain, adapter, options):
 
 
 @pytest.mark.parametrize("form", ["transformer", "labels"])
+@pytest.mark.cases("labels")
 def test_accuquant_calibrates_every_layer_on_guided_trajectories(make_latent, latent_adapter, latent_states, form):
     """Eight steps: a group of five, and one of the three that are left."""
     plain, context = make_latent(form, **NARROW), latent_states(form).context
@@ -105,6 +115,7 @@ def test_accuquant_calibrates_every_layer_on_guided_trajectories(make_latent, la
 
 
 @pytest.mark.parametrize("method", ["quick", "q-diffusion"])
+@pytest.mark.cases("quick")
 def test_a_seed_determines_every_bit(quantized_latent, run, assert_same_numbers, method):
     recipe = make_recipe(method, W4A8)
     torch.manual_seed(5)
@@ -112,6 +123,7 @@ def test_a_seed_determines_every_bit(quantized_latent, run, assert_same_numbers,
 
 
 @pytest.mark.parametrize("form", ["plain", "transformer"])
+@pytest.mark.cases("plain")
 def test_quick_is_better_than_rounding_to_nearest(make_latent, run, latent_states, form):
     """On states it was not shown, in the whole network's prediction."""
     options = MethodOptions(weight_bits=4, act_bits=8, family="latent", iterations=8, batch_size=8)
@@ -123,6 +135,7 @@ def test_quick_is_better_than_rounding_to_nearest(make_latent, run, latent_state
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.cases("transformer", "labels")
 def test_every_unit_learns_in_both_stages(latent_adapter, run, form):
     """None is skipped: in each the codes of every layer move, and the scale of every quantizer of at most 8 bits.
 

@@ -147,6 +147,7 @@ def test_the_error_at_the_end_is_the_samplers_own(scene, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("gradient", "detach"), [("two_pass", True), ("exact", False), ("unrolled", False)])
+@pytest.mark.cases("two_pass-*", "exact-*-plms", "exact-*-ddim-eta-1", "unrolled-*-ddim")
 def test_gradients_are_autograds(scene, sampler, gradient, detach):
     """Two passes: autograd where every call's input is detached. The reverse sweep and unrolling: all of it."""
     scene = scene(sampler)
@@ -183,6 +184,7 @@ def ddim_group(scene, group, detach, start=None):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(("gradient", "detach"), [("two_pass", True), ("exact", False), ("unrolled", False)])
+@pytest.mark.cases("two_pass-True-4", "exact-False-2", "unrolled-False-1")
 def test_every_group_starts_from_the_float_state(scene, size, gradient, detach):
     """Groups of 4 do not divide the sampler's steps: the last is shorter. A group's loss reaches its own set alone."""
     scene = scene("ddim", StepGroups(size=size))

@@ -151,6 +151,7 @@ def whole(rolled):
 
 
 @pytest.mark.parametrize(("stage", "killed_after"), [("sequential", 9), ("quantized", 8), ("interleaved", 3)])
+@pytest.mark.cases("quantized-8")
 def test_a_killed_run_goes_on_to_the_same_result(rolled, whole, tmp_path, assert_same_numbers, stage, killed_after):
     options = RunOptions(record=tmp_path / "record", memory=MemoryLimits(host=10**5), scratch=tmp_path)
     with pytest.raises(Killed):

@@ -265,6 +265,7 @@ def test_the_published_order_is_that_of_definition(run):
 
 @pytest.mark.parametrize("compat", [(), ("definition_order",)], ids=["execution-order", "definition-order"])
 @pytest.mark.parametrize("inputs", ["float", "quantized", "mixed"])
+@pytest.mark.cases("float-execution-order", "quantized-definition-order", "mixed-execution-order")
 def test_units_are_given_the_inputs_and_targets_that_the_stage_names(
     run, make_network, adapter, states, monkeypatch, inputs, compat
 ):

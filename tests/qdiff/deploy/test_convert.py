@@ -48,6 +48,7 @@ def test_the_same_model_in_integers(recipe, quantized, batch):
 
 @pytest.mark.parametrize("form", ["plain", "transformer", "labels"])
 @pytest.mark.parametrize("recipe", LATENT_RECIPES.values(), ids=LATENT_RECIPES)
+@pytest.mark.cases("w8a8-labels", "groups-transformer", "16-bit softmax-transformer", "w8a8-plain")
 def test_the_same_latent_model_in_integers(recipe, form, quantized_latent, latent_states, latent_adapter):
     network, data = quantized_latent(recipe, form), latent_states(form)
     x, conditioning = data.x[:4].double(), latent_adapter.conditioning(network, None)
