@@ -77,9 +77,9 @@ def test_bit_widths(fails, flag, bits):
     fails("--ptq", "--quant_act", flag, bits, names=(flag, "from 2 to", repr(str(bits))))
 
 
-def test_nothing_and_help_in_a_process_of_its_own(tmp_path):
-    refused(launch(SAMPLE, cwd=tmp_path), "--config", "required")
-    result = launch(SAMPLE, "--help", cwd=tmp_path)
+def test_nothing_and_help(tmp_path):
+    refused(call(SAMPLE), "--config", "required")
+    result = call(SAMPLE, "--help")
     assert result.code == 0 and result.err == ""
     assert tree(tmp_path) == {}
 

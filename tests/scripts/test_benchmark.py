@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import yaml
-from running import call, launch, passed, refused, tree
+from running import call, passed, refused, tree
 
 BENCHMARK = ("--batch_size", 2, "--repeats", 2)
 
 
 def test_benchmark(tiny, tmp_path):
     flags = ("simulate", *tiny.model, *BENCHMARK, "--json", "new/out.json")
-    result = passed(launch("benchmark", *flags, cwd=tmp_path))
+    result = passed(call("benchmark", *flags))
     found = json.loads((tmp_path / "new" / "out.json").read_text())
     assert [row["what"] for row in found["rows"]] == ["float", "simulated W4", "simulated W4A8"]
     assert found["rows"][0]["ratio"] == 1 and all(row["milliseconds"] > 0 for row in found["rows"])

@@ -35,7 +35,7 @@ def perturb(path, key, change):
 
 
 def test_the_golden_case(tmp_path):
-    result = passed(launch(CHECK, "--case", GOLDEN, cwd=tmp_path))
+    result = passed(call(CHECK, "--case", GOLDEN))
     assert verdicts(result) == dict.fromkeys(("eps_fp", "eps_w", "eps_wa"), "ok") and len(result.out.splitlines()) == 3
     errors = [float(line.split()[3]) for line in result.out.splitlines()]
     assert max(errors) < 1e-9

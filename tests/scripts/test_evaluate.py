@@ -4,15 +4,15 @@ import csv
 import json
 import math
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch_fidelity.fidelity
 from judging import LABELS, PIXELS, evaluate, noisy, write_images, write_random_inception
 from PIL import Image
-from running import ENVIRONMENT, call, launch, passed, refused
+from running import call, passed, refused
 from torch_fidelity.registry import DATASETS_REGISTRY, FEATURE_EXTRACTORS_REGISTRY
 
 from qdiff.evaluation.features import CLASSES, Cifar10FeatureExtractor
@@ -47,7 +47,7 @@ def tensor(pixels):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def test_its_numbers_are_those_of_torch_fidelitys_command_line(tmp_path):
+def test_its_numbers_are_those_of_torch_fidelitys_command_line(tmp_path, monkeypatch, capsys):
     names = [f"{i}.png" for i in (1, 2, 9, 10, 11, 20)]  # not in torch-fidelity's order
     one = write_images(tmp_path / "one", noisy(PIXELS[:6], 30), names)
     two = write_images(tmp_path / "two", PIXELS[6:12], names)
@@ -55,16 +55,16 @@ def test_its_numbers_are_those_of_torch_fidelitys_command_line(tmp_path):
     inputs = ["--input1", one, "--input2", two, "--feature-extractor-weights-path", weights]
     asked = ["--isc", "--fid", "--kid", "--prc", "--feature-extractor", "inception-v3-compat", "--isc-splits", 2]
     options = ["--kid-subset-size", 4, "--kid-subsets", 7, "--cpu", "--json", "--no-cache", "--silent"]
-    line = [sys.executable, "-m", "torch_fidelity.fidelity", *map(str, [*inputs, *asked, *options])]
-    theirs = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    monkeypatch.setattr(sys, "argv", ["fidelity", *map(str, [*inputs, *asked, *options])])
+    capsys.readouterr()
+    torch_fidelity.fidelity.main()
+    expected = json.loads(capsys.readouterr().out)
     metrics = ("--metrics", "fid", "is", "kid", "prc_inception", "--bootstrap", 0)
     flags = ("--kid_subset_size", 4, "--kid_subsets", 7, "--isc_splits", 2, "--inception", weights)
     flags += ("--cache", tmp_path / "cache")
-    # In a process of its own too: with other numbers of threads the last digits differ.
-    result = launch("evaluate", one, "--reference", two, *metrics, *flags, "--json", tmp_path / "own.json")
+    result = call("evaluate", one, "--reference", two, *metrics, *flags, "--json", tmp_path / "own.json")
     content = json.loads((tmp_path / "own.json").read_text())
     found = {row["metric"]: row["value"] for row in content["scores"]}
-    expected = json.loads(theirs.communicate(timeout=300)[0])
     assert found["fid"] == expected["frechet_inception_distance"]
     assert found["is"] == expected["inception_score_mean"]
     assert found["kid"] == expected["kernel_inception_distance_mean"]

@@ -87,7 +87,8 @@ def test_a_latent_network(quantized_latent, latent_states, latent_adapter, form,
     sizes = {"channel_mult": [1], "attention_resolutions": [1]} if form == "transformer" else {}
     quantized = quantized_latent(W8A8, form, **{"model_channels": 32, "attention_resolutions": [2], **sizes})
     integer, data = integer_network(quantized, attention).to(device), latent_states(form)
-    arguments = [x[:1].to(device) for x in (data.x, data.t, data.context)]
+    # Of 4 pixels: interpreting takes a time that grows with them.
+    arguments = [x[:1].to(device) for x in (data.x[..., :4, :4], data.t, data.context)]
     expected = integer(*arguments)
     network = to_kernels(integer, latent_adapter, torch.float32)
     assert relative(network(*arguments), expected) < 0.05

@@ -13,12 +13,17 @@ pytest.importorskip("triton")
 CASES = sorted(Path(__file__).parent.glob("*_cases.py"))
 
 
-def run(files, **environment):
-    options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+def run(files, *more, **environment):
+    options = ["-q", *more, "--import-mode=importlib", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.long
+def test_long_cases_on_the_cpu():
+    run(CASES, "-m", "long", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 def test_on_the_cpu():
@@ -31,4 +36,4 @@ def test_on_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
 def test_on_a_gpu(file, tmp_path):
-    run([file], TRITON_INTERPRET="0", QDIFF_CACHE=str(tmp_path))
+    run([file], "-m", "long or not long", TRITON_INTERPRET="0", QDIFF_CACHE=str(tmp_path))
