@@ -23,7 +23,11 @@ def pytest_itemcollected(item):
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes any out
 def pytest_collection_modifyitems(config, items):
-    """A pattern that stands for no case would leave a test out without a word."""
+    """The tests of the command lines come last: for the rest of the session they hide GPUs and take one thread.
+
+    A pattern that stands for no case would leave a test out without a word.
+    """
+    items.sort(key=lambda item: "cli" in item.path.parts)
     if any("::" in arg for arg in config.args):
         return
     ids = {}

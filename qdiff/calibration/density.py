@@ -1,7 +1,7 @@
 """EDA-DM's choice of calibration steps: how many states each step gives, from the network's deepest features.
 
 A step is worth the more states the more steps have features like its own (density), and the more its features differ
-from all others' (variety). Source: EDA-DM (TDAC), restated from its description; see `qdiff.spec.Selector`.
+from all others' (variety). Source: EDA-DM (TDAC), restated from its description; see `qdiff.recipes.recipe.Selector`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter
+from qdiff.families.base import Adapter
 
 SAME = 1e-12  # values are equal if they differ by no more than this share of the largest: rounding, not a difference
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qdiff.parallel import Team
+from qdiff.utils.team import Team
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.capture import recording_outputs
+from qdiff.calibration.context import RUN_BATCH, Attempt, Calibration, UnitReport
+from qdiff.calibration.hooks import recording_outputs
 from qdiff.calibration.loop import minibatches, products_context
 from qdiff.calibration.optimization import Groups, Optimization, Share
-from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.snapshots import Snapshots
-from qdiff.layers import act_quantizers, learnable_scales, quant_layers
-from qdiff.names import matching
-from qdiff.quantizers import ActQuantizer
-from qdiff.stages import Finetune
+from qdiff.nn.layers import act_quantizers, learnable_scales, quant_layers
+from qdiff.nn.quantizers import ActQuantizer
+from qdiff.recipes.layer_names import matching
+from qdiff.recipes.stages import Finetune
 
 
 def finetune(run: Calibration, stage: Finetune, number: int = 0) -> None:

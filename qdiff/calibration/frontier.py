@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter, Segment
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import Column, Rows, Store, map_leaves, plain
+from qdiff.families.base import Adapter, Segment
 
 
 class Frontier:

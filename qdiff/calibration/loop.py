@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.capture import dropping, recording_outputs, training_mode
 from qdiff.calibration.draws import Draws
 from qdiff.calibration.graphs import repeated
+from qdiff.calibration.hooks import dropping, recording_outputs, training_mode
 from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty
 from qdiff.calibration.optimization import Groups, Losses, Optimization, Share, learning
 from qdiff.calibration.store import Column
-from qdiff.layers import act_quantizers, learnable_scales, quant_layers
-from qdiff.parallel import Team
-from qdiff.stages import Reconstruct
-from qdiff.steps import StepTable
+from qdiff.nn.layers import act_quantizers, learnable_scales, quant_layers
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.stages import Reconstruct
+from qdiff.utils.team import Team
 
 Source = tuple[Tensor, ...] | Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -94,7 +94,7 @@ class UnitTask:
 
     float_unit: the float counterpart, needed where the loss has taps. penalized: the rounding variables under the
     penalty (None: all). products: "float32", or "bfloat16" for products in half precision. second_forward: E5 in
-    `qdiff.spec.COMPAT`.
+    `qdiff.recipes.recipe.COMPAT`.
     """
 
     unit: nn.Module

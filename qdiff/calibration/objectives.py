@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qdiff.arithmetic import soft_round
-from qdiff.stages import Loss, RoundingPenalty
+from qdiff.nn.functional import soft_round
+from qdiff.recipes.stages import Loss, RoundingPenalty
 
 
 def lp_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from qdiff.quantizers import ActQuantizer
-from qdiff.ranges import grid_from_range, make_finder
-from qdiff.stages import RangeSpec
+from qdiff.nn.quantizers import ActQuantizer
+from qdiff.nn.ranges import grid_from_range, make_finder
+from qdiff.recipes.stages import RangeSpec
 
 SAMPLE = 2**14  # values kept of each batch for a search over all batches
 

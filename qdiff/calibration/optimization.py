@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.adam import Adam, AdamGroup
-from qdiff.parallel import Team
-from qdiff.quantizers import MIN_SCALE
-from qdiff.stages import Learn
+from qdiff.nn.quantizers import MIN_SCALE
+from qdiff.recipes.stages import Learn
+from qdiff.utils.team import Team
 
 Groups = dict[str, list[nn.Parameter]]  # learned parameters by group name
 Losses = list[tuple[int, float]]  # (iteration, loss) at about a hundred points

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter
 from qdiff.calibration.store import Column, Store
 from qdiff.calibration.trajectories import CONDITIONING, Trajectories
-from qdiff.steps import StepTable
+from qdiff.families.base import Adapter
+from qdiff.nn.step_table import StepTable
 
 
 class Path(Protocol):
@@ -175,7 +175,7 @@ class GroupRollout:
     def backward(self, index: Tensor, gradient: str, carry: bool = True, share: float = 1.0) -> Tensor:
         """Add the loss's gradient to the learned parameters; return the loss. share: of the batch, for teams.
 
-        See `qdiff.stages.Rollout` for `gradient` and `carry`.
+        See `qdiff.recipes.stages.Rollout` for `gradient` and `carry`.
         """
         if gradient == "unrolled":
             return self._unrolled(index, share)

@@ -1,4 +1,4 @@
-"""The stage that learns over groups of denoising steps (AccuQuant): see `qdiff.stages.Rollout`."""
+"""The stage that learns over groups of denoising steps (AccuQuant): see `qdiff.recipes.stages.Rollout`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qdiff.calibration.context import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.loop import minibatches, parameter_groups, products_context
 from qdiff.calibration.objectives import penalty_table, rounding_penalty
 from qdiff.calibration.optimization import Groups, Optimization, Share
 from qdiff.calibration.rollout import Carrier, FloatRuns, Group, GroupRollout, Predictor, groups_of
-from qdiff.calibration.run import RUN_BATCH, Attempt, Calibration, UnitReport
 from qdiff.calibration.snapshots import Snapshots
-from qdiff.layers import act_quantizers, quant_layers
-from qdiff.stages import Rollout
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.recipes.stages import Rollout
 
 
 def learn_rollouts(run: Calibration, stage: Rollout, number: int = 0) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter
 from qdiff.calibration import density
 from qdiff.calibration.trajectories import CONDITIONING, Trajectories
-from qdiff.seeds import generator_of
-from qdiff.spec import Recipe, StepGroups
-from qdiff.steps import StepTable
+from qdiff.families.base import Adapter
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import Recipe, StepGroups
+from qdiff.utils.seeds import generator_of
 
 FEATURE_BATCH = 16  # samples whose features are held at once, at every step
 ASSIGNMENT = 2**31  # the purpose of the generator that assigns steps to samples; stages count from 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qdiff.calibration.run import Calibration
+from qdiff.calibration.context import Calibration
 
 PARTS = 20  # snapshots of one piece of work, each in place of the one before
 UNIT = "under way"  # under which a stage's snapshot is recorded

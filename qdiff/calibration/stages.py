@@ -7,20 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.capture import observing
-from qdiff.calibration.compensate import compensate_unit, execution_order
+from qdiff.calibration.context import Attempt, Calibration, UnitReport
 from qdiff.calibration.finetune import finetune
 from qdiff.calibration.frontier import Frontier
+from qdiff.calibration.gptq import compensate_unit, execution_order
+from qdiff.calibration.hooks import observing
 from qdiff.calibration.loop import UnitData, UnitTask, optimise, parameter_groups
 from qdiff.calibration.objectives import lp_loss
 from qdiff.calibration.observers import RangeObserver
 from qdiff.calibration.rollout_stage import learn_rollouts
-from qdiff.calibration.run import Attempt, Calibration, UnitReport
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.layers import act_quantizers, quant_layers
-from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import Recipe
-from qdiff.stages import (
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.nn.ranges import grid_from_range, make_finder
+from qdiff.recipes.recipe import Recipe
+from qdiff.recipes.stages import (
     ActivationRanges,
     Compensate,
     CorrectBias,

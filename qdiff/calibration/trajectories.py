@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qdiff.files import load_pickle, parse_json, save_safetensors
+from qdiff.utils.files import load_pickle, parse_json, save_safetensors
 
 logger = logging.getLogger(__name__)
 FORMAT = "qdiff-trajectories-1"

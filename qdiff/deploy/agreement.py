@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.layers import QuantAttention, QuantLayer
+from qdiff.nn.layers import QuantAttention, QuantLayer
 
 LIMIT = "limit"
 LEAST_LIMIT = 0.01  # relative RMS

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qdiff.checkpoints import Checkpoint, PackedFile
+from qdiff.checkpoints.native import Checkpoint, PackedFile
+from qdiff.checkpoints.packing import pack_codes
 from qdiff.deploy.layers import IntegerAttention, OperandGrid, integer_layer
-from qdiff.layers import QuantAttention, QuantLayer, act_quantizers
-from qdiff.packing import pack_codes
-from qdiff.steps import StepTable
+from qdiff.nn.layers import QuantAttention, QuantLayer, act_quantizers
+from qdiff.nn.step_table import StepTable
 
 
 def _integer_attention(module: nn.Module, steps: StepTable, policy: str | None) -> IntegerAttention | None:

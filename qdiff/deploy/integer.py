@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qdiff.arithmetic import quantize
-from qdiff.spec import QuantSpec
+from qdiff.nn.functional import quantize
+from qdiff.recipes.recipe import QuantSpec
 
 FLOAT32_WHOLE, FLOAT64_WHOLE = 2**24, 2**53  # up to there a float holds every whole number
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.arithmetic import fake_quantize
+from qdiff.checkpoints.packing import pack_codes, unpack_codes
 from qdiff.deploy.integer import accumulate, centred_codes
-from qdiff.layers import QuantAttention, QuantConv, QuantLayer
-from qdiff.packing import pack_codes, unpack_codes
-from qdiff.quantizers import ActQuantizer, per_sample
-from qdiff.spec import QuantSpec
-from qdiff.steps import StepTable
+from qdiff.nn.functional import fake_quantize
+from qdiff.nn.layers import QuantAttention, QuantConv, QuantLayer
+from qdiff.nn.quantizers import ActQuantizer, per_sample
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import QuantSpec
 
 ATTENTION_POLICIES = ("integer", "float")
 
@@ -60,8 +60,8 @@ class OperandGrid(nn.Module):
 class IntegerPart(nn.Module):
     """One part of a layer: all its input channels, or one side of a split shortcut.
 
-    packed: uint8 [bytes], the codes [O, channels, ...] as `qdiff.packing` packs them; weight_scale float32 [O];
-    weight_zero int32 [O]; `grid` of the input, None where that stays float.
+    packed: uint8 [bytes], the codes [O, channels, ...] as `qdiff.checkpoints.packing` packs them; weight_scale float32
+    [O]; weight_zero int32 [O]; `grid` of the input, None where that stays float.
     """
 
     def __init__(
@@ -258,6 +258,7 @@ def packed_parts(layer: QuantLayer, packed: Tensor, steps: StepTable) -> list[In
 
 
 def integer_layer(layer: QuantLayer, packed: Tensor, steps: StepTable) -> IntegerLayer:
-    """The layer without its float weight. packed: uint8 [bytes], its codes [O, C, ...] by `qdiff.packing`."""
+    """The layer without its float weight. packed: uint8 [bytes], its codes [O, C, ...] by
+    `qdiff.checkpoints.packing`."""
     kind = IntegerConv if isinstance(layer, QuantConv) else IntegerLinear
     return kind(layer, packed_parts(layer, packed, steps), steps).train(layer.training)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters import Adapter
-from qdiff.checkpoints import load_checkpoint
+from qdiff.checkpoints.native import load_checkpoint
 from qdiff.deploy.agreement import LIMIT, distances
 from qdiff.deploy.convert import integer_network, is_integer, load_integer
 from qdiff.deploy.times import Times, contents, signature, sizes_of
-from qdiff.layers import QuantLayer
+from qdiff.families import Adapter
+from qdiff.nn.layers import QuantLayer
 
 logger = logging.getLogger(__name__)
 RUNTIMES = ("simulate", "integer", "onnx", "auto")

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdiff.checkpoints import digest_of, tensor_hash
-from qdiff.devices import device_name
-from qdiff.measured import Measured, cache_folder, hash_of_sources, milliseconds
+from qdiff.checkpoints.native import digest_of, tensor_hash
+from qdiff.utils.devices import device_name
+from qdiff.utils.measurement_cache import Measured, cache_folder, hash_of_sources, milliseconds
 
 DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of modules that decide how fast they are
 
@@ -56,4 +56,5 @@ def contents(network: nn.Module) -> str:
 
 @cache
 def _sources_version() -> str:
-    return hash_of_sources(sorted(Path(__file__).parents[1].rglob("*.py")))
+    package = Path(__file__).parents[1]  # but for cli/, which decides nothing about speed
+    return hash_of_sources(sorted(set(package.rglob("*.py")) - set((package / "cli").rglob("*.py"))))

@@ -8,7 +8,7 @@ import numpy as np
 
 from qdiff.evaluation.cost import FLOPS_PER_MAC, counted_bits
 from qdiff.evaluation.sensitivity import Sensitivity
-from qdiff.spec import Recipe, Rule
+from qdiff.recipes.recipe import Recipe, Rule
 
 CELLS = 20000  # resolution of the budget in the exact search
 

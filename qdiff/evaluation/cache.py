@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qdiff.checkpoints import digest_of, tensor_hash
-from qdiff.files import save_safetensors
+from qdiff.checkpoints.native import digest_of, tensor_hash
+from qdiff.utils.files import save_safetensors
 
 logger = logging.getLogger(__name__)
 

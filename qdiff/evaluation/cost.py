@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters import Adapter
-from qdiff.spec import QuantSpec
+from qdiff.families import Adapter
+from qdiff.recipes.recipe import QuantSpec
 
 FLOAT_BYTES = 4  # float32
 FLOAT_BITS = 32

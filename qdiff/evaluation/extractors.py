@@ -19,7 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from qdiff.evaluation import features as cifar10
 from qdiff.evaluation.images import Images, file_digest
-from qdiff.files import load_pickle
+from qdiff.utils.files import load_pickle
 
 INCEPTION, VGG, CIFAR10 = "inception-v3-spatial", "vgg16", cifar10.EXTRACTOR
 POOLED, LOGITS, SPATIAL = "2048", "logits_unbiased", "spatial"  # layers of INCEPTION

@@ -12,7 +12,7 @@ from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimila
 
 from qdiff.evaluation.extractors import VGG_FILE
 from qdiff.evaluation.features import Cifar10Features, require_cifar_images
-from qdiff.files import load_pickle
+from qdiff.utils.files import load_pickle
 
 LPIPS_FILES = (VGG_FILE, Path(urlparse(URL_VGG16_LPIPS).path).name)  # VGG16's weights, and those of the comparison
 CIFAR10_METRIC = "perceptual distance (CIFAR-10 features)"

@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qdiff.evaluation.table import MISSING
-from qdiff.files import write_text
+from qdiff.utils.files import write_text
 
 REPORT_NAME = "report.html"
 TEMPLATE = "report.html.jinja"

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qdiff.checkpoints import PackedFile
+from qdiff.checkpoints.native import PackedFile
+from qdiff.checkpoints.packing import unpack_codes
 from qdiff.evaluation.report import Chart, Charts, Table
 from qdiff.evaluation.report_charts import Bar, spans
-from qdiff.layers import QuantAttention, QuantLayer
-from qdiff.packing import unpack_codes
-from qdiff.quantizers import ActQuantizer, WeightQuantizer
+from qdiff.nn.layers import QuantAttention, QuantLayer
+from qdiff.nn.quantizers import ActQuantizer, WeightQuantizer
 
 OPERANDS = {"q": "q", "k": "k", "v": "v", "w": "softmax"}
 COLUMNS = [

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import qdiff
-from qdiff.checkpoints import read_about
+from qdiff.checkpoints.native import read_about
 from qdiff.evaluation.report import Chart, Charts, Code, Command, Facts, Folded, Report, Section, Table, Text
 from qdiff.evaluation.report_charts import Bar, Line, line_chart, spans, sparkline
 from qdiff.evaluation.report_layers import layer_charts, layer_rows, layer_table

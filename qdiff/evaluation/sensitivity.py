@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.rollout import Path, Rollouts
-from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet, gather
 from qdiff.calibration.store import map_leaves, plain
+from qdiff.checkpoints.packing import packed_bytes
 from qdiff.evaluation.cost import cost_of
-from qdiff.layers import quant_layers
-from qdiff.packing import packed_bytes
-from qdiff.spec import Recipe
-from qdiff.surgery import insert_quantizers
+from qdiff.families.base import Adapter
+from qdiff.nn.layers import quant_layers
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import Recipe
 
 BATCH = 16  # states at once
 SCALE_BYTES = 6  # of an output channel: a float32 scale and an int16 zero point

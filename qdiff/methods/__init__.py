@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from qdiff.methods import accuquant, eda_dm, gptq, nearest, q_diffusion, quest, quick
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe
-from qdiff.stages import STAGES, ActivationRanges, Compensate, Finetune, WeightRanges
+from qdiff.recipes.recipe import Recipe
+from qdiff.recipes.stages import STAGES, ActivationRanges, Compensate, Finetune, WeightRanges
 
 METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
     "nearest": nearest.recipe,

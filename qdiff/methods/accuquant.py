@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qdiff.methods.common import grids, learned_rounding, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe, Selector, StepGroups
-from qdiff.stages import ActivationRanges, Learn, RangeSpec, Rollout
+from qdiff.recipes.recipe import Recipe, Selector, StepGroups
+from qdiff.recipes.stages import ActivationRanges, Learn, RangeSpec, Rollout
 
 GROUP_SIZE = 5  # denoising steps; ours, no source says
 

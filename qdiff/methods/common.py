@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import QuantSpec, Selector
-from qdiff.stages import Compensate, Learn, Loss, RangeSpec, Reconstruct, RoundingPenalty, Stage, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Selector
+from qdiff.recipes.stages import Compensate, Learn, Loss, RangeSpec, Reconstruct, RoundingPenalty, Stage, WeightRanges
 
 
 def grids(options: MethodOptions) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qdiff.methods.common import selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import QuantSpec, Recipe, Rule, Selector
-from qdiff.stages import ActivationRanges, Compensate, Learn, Loss, RangeSpec, Reconstruct, Stage, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, Selector
+from qdiff.recipes.stages import ActivationRanges, Compensate, Learn, Loss, RangeSpec, Reconstruct, Stage, WeightRanges
 
 SEARCHED_VALUES = (
     2**16

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe, Selector
-from qdiff.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import Recipe, Selector
+from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 
 
 def recipe(options: MethodOptions) -> Recipe:

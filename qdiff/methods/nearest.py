@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe, Selector
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import Recipe, Selector
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 
 def recipe(options: MethodOptions) -> Recipe:

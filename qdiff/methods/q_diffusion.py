@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qdiff.methods.common import grids, learned_rounding, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe, Selector
-from qdiff.stages import ActivationRanges, Learn, Loss, RangeSpec, Reconstruct
+from qdiff.recipes.recipe import Recipe, Selector
+from qdiff.recipes.stages import ActivationRanges, Learn, Loss, RangeSpec, Reconstruct
 
 
 def recipe(options: MethodOptions) -> Recipe:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from qdiff.methods.common import grids, learned_rounding, selector
 from qdiff.methods.options import MethodOptions
-from qdiff.spec import Recipe, Rule, Selector, StepGroups
-from qdiff.stages import ActivationRanges, Finetune, Learn, RangeSpec
+from qdiff.recipes.recipe import Recipe, Rule, Selector, StepGroups
+from qdiff.recipes.stages import ActivationRanges, Finetune, Learn, RangeSpec
 
 # Whose weights the second finetuning learns, by family (methods §3.3); classes of pixel models were not released.
 CRITICAL = {

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from ddim.network import DDPMUNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from qdiff.adapters import adapter_for
-from qdiff.calibration.runner import calibrate
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.layers import quant_layers
+from qdiff.families import adapter_for
+from qdiff.nn.layers import quant_layers
 
-sys.path.append(str(Path(__file__).parent))  # of published_file
+sys.path.append(str(Path(__file__).parent / "checkpoints"))  # of published_file
 
 # The same examples on every run, and nothing written to the working tree.
 settings.register_profile("qdiff", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdiff.spec import QuantSpec
+from qdiff.recipes.recipe import QuantSpec
 
 NIBBLE_BITS = 4  # the widest grid of which a byte holds two codes
 BYTE_MIN, BYTE_MAX = -128, 127

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters.base import Adapter
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
+from qdiff.families.base import Adapter
 
 if TYPE_CHECKING:
-    from qdiff.adapters.feeds import NormFeed
     from qdiff.deploy.kernels.layers import KernelGrid
+    from qdiff.families.feeds import NormFeed
 
 RUNS_FLOAT, RUNS_INTEGER = "float", "integer"
 

@@ -18,7 +18,7 @@ from qdiff.deploy.kernels.norms import group_norm_codes, layer_norm_codes
 from qdiff.deploy.kernels.product import Epilogue, integer_product, weight_only_product
 from qdiff.deploy.kernels.quantize import quantize
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer, IntegerPart, OperandGrid
-from qdiff.steps import StepTable
+from qdiff.nn.step_table import StepTable
 
 
 def running_sets(steps: StepTable, groups: int) -> Tensor | None:

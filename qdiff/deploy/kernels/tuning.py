@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from qdiff.measured import Measured, cache_folder, hash_of_sources
+from qdiff.utils.measurement_cache import Measured, cache_folder, hash_of_sources
 
 LOGGER = logging.getLogger(__name__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 from torch import nn
 
-from qdiff.adapters import Adapter
 from qdiff.deploy.onnx.builder import Builder, value_info
 from qdiff.deploy.onnx.lowering import Lowering
 from qdiff.deploy.onnx.portable import FourBitLowering, PortableLowering
 from qdiff.deploy.onnx.runtime import RuntimeLowering
 from qdiff.deploy.onnx.tracer import Trace, static_size, trace
 from qdiff.deploy.onnx.weight_types import WEIGHT_TYPES, with_uint8_weights
-from qdiff.steps import StepTable
+from qdiff.families import Adapter
+from qdiff.nn.step_table import StepTable
 
 DIALECTS: dict[str, type[Lowering]] = {
     "runtime": RuntimeLowering,

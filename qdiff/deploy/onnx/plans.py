@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer, OperandGrid
-from qdiff.layers import QuantAttention, QuantLayer
-from qdiff.quantizers import ActQuantizer
-from qdiff.spec import QuantSpec
+from qdiff.nn.layers import QuantAttention, QuantLayer
+from qdiff.nn.quantizers import ActQuantizer
+from qdiff.recipes.recipe import QuantSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdiff.adapters import Adapter
-from qdiff.spec import StepGroups
-from qdiff.steps import StepTable
+from qdiff.families import Adapter
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import StepGroups
 
 KEPT_BYTES = 2**26  # of a model's constants; more is mapped from a file
 PIECE_BYTES = 2**22  # of the widest layer's output: more costs more in caches than it saves in calls

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.adapters import Adapter
 from qdiff.deploy.onnx.plans import AttentionPlan, LayerPlan, attention_plan, float_plan, is_planned, layer_plan
 from qdiff.deploy.onnx.views import Layout
+from qdiff.families import Adapter
 
 BATCH = 1000003  # stands for the number of samples, which stays open; a prime that no width or size is
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from qdiff.calibration.adam import Adam, AdamGroup
 from qdiff.calibration.optimization import rate_table
-from qdiff.stages import Learn
+from qdiff.recipes.stages import Learn
 
 STEPS = 150
 FACTORS = {"constant": lambda i: 1.0, "cosine": lambda i: 0.5 * (1 + math.cos(math.pi * i / STEPS))}

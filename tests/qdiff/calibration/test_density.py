@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from qdiff.calibration import density
-from qdiff.seeds import generator_of
+from qdiff.utils.seeds import generator_of
 
 # Four steps, one sample, two channels, one position: lengths 5, 5, 10, 5.
 VECTORS = torch.tensor([[3.0, 4.0], [4.0, 3.0], [6.0, 8.0], [0.0, -5.0]])

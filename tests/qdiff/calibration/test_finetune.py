@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qdiff.calibration.calibrate import Progress, RunOptions, calibrate
 from qdiff.calibration.finetune import _fewer, _Finetuning
-from qdiff.calibration.runner import Progress, RunOptions, calibrate
 from qdiff.calibration.store import MemoryLimits
-from qdiff.layers import act_quantizers, quant_layers
-from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.stages import ActivationRanges, Compensate, Finetune, Learn, RangeSpec, WeightRanges
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.recipes.stages import ActivationRanges, Compensate, Finetune, Learn, RangeSpec, WeightRanges
 
 GRID, ACTS = QuantSpec(4, "affine", "out_channel"), QuantSpec(4)
 RANGES = (WeightRanges(RangeSpec("minmax")), ActivationRanges(RangeSpec("minmax")))

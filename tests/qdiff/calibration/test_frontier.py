@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
+from qdiff.calibration.calibrate import calibrate
+from qdiff.calibration.context import RUN_BATCH
 from qdiff.calibration.frontier import Frontier, PlainFrontier
-from qdiff.calibration.run import RUN_BATCH
-from qdiff.calibration.runner import calibrate
 from qdiff.calibration.store import Column, MemoryLimits, Store, map_leaves
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import QuantSpec, Recipe, StepGroups
-from qdiff.stages import ActivationRanges, CorrectBias, RangeSpec, Reconstruct, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
+from qdiff.recipes.stages import ActivationRanges, CorrectBias, RangeSpec, Reconstruct, WeightRanges
 
 BATCH = 5
 GROUPED = Recipe(

@@ -7,15 +7,15 @@ import torch
 
 from ldm.pipeline import Conditioning, Pipeline
 from ldm.schedules import beta_schedule
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.rollout import Rollouts
-from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet, select
 from qdiff.calibration.trajectories import Recorder
-from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import METHODS, MethodOptions, make_recipe
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 
 FORMS = ["plain", "transformer", "labels"]
 NARROW = {"model_channels": 32}

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.arithmetic import fake_quantize, soft_quantize, soft_round
 from qdiff.calibration.draws import Draws
 from qdiff.calibration.loop import UnitData, UnitTask, minibatches, optimise, parameter_groups
-from qdiff.layers import QUANT_LAYERS, act_quantizers, quant_layers
-from qdiff.quantizers import MIN_SCALE, ActQuantizer
-from qdiff.ranges import grid_from_range
-from qdiff.spec import QuantSpec, StepGroups
-from qdiff.stages import Learn, Loss, Reconstruct, RoundingPenalty
-from qdiff.steps import StepTable
+from qdiff.nn.functional import fake_quantize, soft_quantize, soft_round
+from qdiff.nn.layers import QUANT_LAYERS, act_quantizers, quant_layers
+from qdiff.nn.quantizers import MIN_SCALE, ActQuantizer
+from qdiff.nn.ranges import grid_from_range
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import QuantSpec, StepGroups
+from qdiff.recipes.stages import Learn, Loss, Reconstruct, RoundingPenalty
 
 STEPS = StepTable(1000, StepGroups())
 N, IN, HIDDEN, OUT = 12, 6, 10, 4

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from qdiff.arithmetic import soft_round, soft_round_inverse
 from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty, temperature
-from qdiff.stages import Loss, RoundingPenalty
+from qdiff.nn.functional import soft_round, soft_round_inverse
+from qdiff.recipes.stages import Loss, RoundingPenalty
 
 # [2 samples, 3 channels, 1, 2 pixels] of errors, signs mixed.
 ERROR = torch.tensor([[[[1.0, -2.0]], [[0.0, 3.0]], [[-1.0, 0.0]]], [[[2.0, 0.0]], [[0.0, 0.0]], [[0.0, -4.0]]]])

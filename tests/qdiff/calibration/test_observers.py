@@ -5,11 +5,11 @@ import torch
 
 from qdiff.calibration import observers
 from qdiff.calibration.observers import RangeObserver, value_rows
-from qdiff.quantizers import ActQuantizer
-from qdiff.ranges import grid_from_range, make_finder
-from qdiff.spec import QuantSpec, StepGroups
-from qdiff.stages import RangeSpec
-from qdiff.steps import StepTable
+from qdiff.nn.quantizers import ActQuantizer
+from qdiff.nn.ranges import grid_from_range, make_finder
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import QuantSpec, StepGroups
+from qdiff.recipes.stages import RangeSpec
 
 AFFINE8 = QuantSpec(8)
 BATCHES = [torch.tensor([[-1.0, 2.0]]), torch.tensor([[-4.0, 1.0]]), torch.tensor([[-2.0, 8.0]])]

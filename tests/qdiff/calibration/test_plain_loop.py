@@ -7,13 +7,13 @@ import statistics
 import pytest
 import torch
 
+from qdiff.calibration.calibrate import RunOptions, calibrate
 from qdiff.calibration.frontier import Frontier, PlainFrontier
-from qdiff.calibration.runner import RunOptions, calibrate
 from qdiff.calibration.store import MemoryLimits
-from qdiff.layers import act_quantizers, quant_layers
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import Learn, RangeSpec, Reconstruct, WeightRanges
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import Learn, RangeSpec, Reconstruct, WeightRanges
 
 FEW = {"iterations": 3, "act_iterations": 2, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
 # Adam divides gradients by their own size, so the last digits of one that is nearly zero become digits of a step.

@@ -1,255 +1,330 @@
-"""Calibrations that are killed and go on end with the uninterrupted run's checkpoint, byte for byte."""
+"""The record of an unfinished calibration: what a piece holds, damaged pieces, other plans, places that refuse."""
 
-import pickle
-import random
-import shutil
-import subprocess
-import sys
+import copy
+import json
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import save_file
 
-from qdiff.calibration import record as records
-from qdiff.calibration.record import PLAN, Record
-from qdiff.calibration.runner import Progress, RunOptions, calibrate
-from qdiff.calibration.store import MemoryLimits
-from qdiff.checkpoints import save_checkpoint
-from qdiff.methods import MethodOptions, make_recipe
-from qdiff.stages import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
+from qdiff.calibration.calibrate import calibrate
+from qdiff.calibration.resume import PLAN, Record, differences, put_state, read_plan, state_of
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.recipes.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 
-ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
-SIZES = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
-FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 4, "weight_range": "minmax", "act_range": "minmax"}
-OPTIONS = {
-    "ddim": MethodOptions(4, 8, split=True, rounding_start="gptq", **FEW),
-    "ldm": MethodOptions(4, 8, split=True, family="latent", **FEW),
+LEARNED = Reconstruct({"rounding": Learn(0.3), "bias": Learn(0.01)}, iterations=2, batch_size=8, keep="better")
+PLAIN = Recipe(
+    "plain",
+    QuantSpec(4, axis="out_channel"),
+    QuantSpec(8),
+    split_shortcuts=True,
+    stages=(WeightRanges(RangeSpec()), ActivationRanges(RangeSpec()), LEARNED, CorrectBias()),
+)
+FLOAT_LAYERS = (Rule("conv_in", 0, 0), Rule("*block_1*", 0), Rule("*block_2*", None, 0), Rule("*attn*", 8, 4))
+RECIPES = {
+    "split": PLAIN,
+    "float-layers": replace(PLAIN, rules=FLOAT_LAYERS),
+    "step-groups": replace(PLAIN, step_groups=StepGroups(3)),
+    "input-channels": replace(PLAIN, activations=QuantSpec(6, "signed", "in_channel"), softmax=QuantSpec(8)),
+    "one-scale": replace(PLAIN, weights=QuantSpec(6, "signed"), split_shortcuts=False),
+    "float-activations": replace(PLAIN, activations=None, stages=(WeightRanges(RangeSpec()), LEARNED)),
 }
-CASES = [("quick", "ddim"), ("q-diffusion", "ldm")]
-CASES += [pytest.param(*case, marks=pytest.mark.long) for case in (("quick", "ldm"), ("q-diffusion", "ddim"))]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
+PIECE = {"conv.codes": torch.arange(6, dtype=torch.int8), "conv.bias": torch.linspace(-1, 1, 3)}
+NOTES = {"before": 0.1, "losses": [[0, 1.5], [1, 0.5]], "kept": True}
 
 
 @pytest.fixture(scope="module")
-def parts(make_network, adapter, states, make_latent, latent_adapter, latent_states):
-    """(method, family) -> the arguments of `calibrate` up to the timesteps; every random choice there is, is made."""
-
-    def make(method, family):
-        recipe = make_recipe(method, OPTIONS[family])
-        if method == "quick":
-            stages = (replace(s, inputs="mixed", drop=0.5) if isinstance(s, Reconstruct) else s for s in recipe.stages)
-            recipe = replace(recipe, stages=tuple(stages))
-        if family == "ddim":
-            return make_network(32, **ONE_LEVEL), adapter, recipe, states, 0
-        network = make_latent("transformer", **SIZES)
-        return network, latent_adapter, recipe, latent_states("transformer"), 0
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(parts, timesteps, tmp_path_factory):
-    """(method, family) -> (the calibration, the bytes of its checkpoint)."""
+def calibrated(make_network, adapter, states, timesteps):
     made = {}
 
-    def make(method, family):
-        if (method, family) not in made:
-            run = calibrate(*parts(method, family), timesteps)
-            made[method, family] = run, checkpoint_of(run, tmp_path_factory.mktemp("whole") / "c.safetensors")
-        return made[method, family]
+    def make(name):
+        if name not in made:
+            made[name] = calibrate(make_network(32), adapter, RECIPES[name], states, 0, timesteps).network
+        return made[name]
 
     return make
 
 
-def checkpoint_of(run, path):
-    save_checkpoint(path, run.network, run.adapter, run.recipe, torch.arange(950, 0, -100), {"seed": run.seed})
-    return path.read_bytes()
+@pytest.fixture
+def fresh(make_network, adapter, timesteps):
+    """name -> the network before its calibration."""
+    return lambda name: insert_quantizers(make_network(32), RECIPES[name], adapter, timesteps).eval()
 
 
-def pieces_of(run):
-    """(stage, piece) of every piece of a calibration's record, in the order in which they are made."""
-    single = (WeightRanges, ActivationRanges)
-    return [
-        (number, name)
-        for number, stage in enumerate(run.recipe.stages)
-        for name in ([""] if isinstance(stage, single) else run.units())
-    ]
+def enabled(network):
+    return [name for name, quantizer in act_quantizers(network).items() if quantizer.enabled]
 
 
-def without_seconds(reports):
-    return [replace(report, seconds=0.0) for report in reports]
+# What a piece holds
 
 
-def kill_at(monkeypatch, moment, piece):
-    """Die just before a piece is written, while it is, or just after."""
-    save, write = Record.save, records.save_safetensors
-
-    def dying_save(self, stage, unit, tensors, notes):
-        if (stage, unit) == piece and moment == "before":
-            raise Killed
-        save(self, stage, unit, tensors, notes)
-        if (stage, unit) == piece and moment == "after":
-            raise Killed
-
-    def dying_write(tensors, path, metadata):
-        if moment == "while" and metadata["qdiff"].startswith(f'{{"stage": {piece[0]}, "unit": "{piece[1]}"'):
-            (path.parent / f".{path.name}.half").write_bytes(b"half a file")
-            raise Killed
-        write(tensors, path, metadata)
-
-    monkeypatch.setattr(Record, "save", dying_save)
-    monkeypatch.setattr(records, "save_safetensors", dying_write)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_state_put_into_a_fresh_network_makes_the_same_one(calibrated, fresh, assert_same_numbers, name):
+    source, network = calibrated(name), fresh(name)
+    put_state(network, state_of(source, [""]))
+    assert_same_numbers(network, source)
+    assert enabled(network) == enabled(source)
+    assert len(enabled(source)) == (0 if name == "float-activations" else len(act_quantizers(source)))
 
 
-class DyingProgress(Progress):
-    """Ends everything in the middle of a unit's learning."""
-
-    def __init__(self, unit, count=2):
-        self.unit_name, self.left = unit, count
-
-    def advance(self, amount=1, note=""):
-        self.left -= note.startswith(f"{self.unit_name} loss")
-        if self.left == 0:
-            raise Killed
-
-
-@pytest.mark.parametrize(("method", "family"), CASES)
-def test_a_run_killed_in_every_stage_ends_with_the_same_file(
-    parts, uninterrupted, timesteps, tmp_path, monkeypatch, method, family
-):
-    whole, expected = uninterrupted(method, family)
-    arguments, pieces = parts(method, family), pieces_of(whole)
-    assert len({type(stage) for stage in whole.recipe.stages}) >= 3
-    options = RunOptions(record=tmp_path / "record", plan={"seed": 0}, scratch=tmp_path)
-    for number, stage in enumerate(whole.recipe.stages):
-        names = [name for n, name in pieces if n == number]
-        piece = (number, names[len(names) // 2])
-        done = pieces.index(piece)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            moment = ("before", "while", "after")[number % 3]
-            kill_at(patch, moment, piece)
-            calibrate(*arguments, timesteps, options=options)
-        assert len(Record(options.record, options.plan)) == done + (moment == "after")
-        if isinstance(stage, Reconstruct):
-            name = names[names.index(piece[1]) + 2]
-            with pytest.raises(Killed):
-                calibrate(*arguments, timesteps, DyingProgress(name), options=options)
-            assert len(Record(options.record, options.plan)) == pieces.index((number, name))
-        options = replace(options, memory=MemoryLimits(host=(None, 0, 10**6)[number % 3]))
-    run = calibrate(*arguments, timesteps, options=options)
-    assert checkpoint_of(run, tmp_path / "c.safetensors") == expected
-    assert without_seconds(run.reports) == without_seconds(whole.reports)
-    assert len(run.record) == len(pieces)  # it stays until the caller has saved the result
-    run.record.remove()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors"]
+@pytest.mark.parametrize("name", ["split", "float-layers"])
+def test_the_states_of_units_make_up_the_whole(calibrated, fresh, adapter, assert_same_numbers, name):
+    source, network = calibrated(name), fresh(name)
+    units = [segment.name for segment in adapter.chain(source)]
+    pieces = [state_of(source, [unit]) for unit in units]
+    whole = state_of(source, [""])
+    assert sum(map(len, pieces)) == len(whole) and {key for piece in pieces for key in piece} == set(whole)
+    for piece in reversed(pieces):
+        put_state(network, piece)
+    assert_same_numbers(network, source)
 
 
-@pytest.fixture(scope="module")
-def finished(parts, timesteps, tmp_path_factory):
-    """The record of a calibration that has come to its end."""
-    folder = tmp_path_factory.mktemp("finished") / "record"
-    calibrate(*parts("quick", "ddim"), timesteps, options=RunOptions(record=folder))
-    return folder
+def test_a_piece_touches_its_modules_alone(calibrated, fresh, adapter):
+    source, network = calibrated("split"), fresh("split")
+    state = state_of(source, ["mid.block_1", "up.0.block.0.nin_shortcut"])
+    assert all(key.startswith(("mid.block_1.", "up.0.block.0.nin_shortcut.")) for key in state)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    put_state(network, state)
+    changed = {key for key, tensor in network.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed and all(key.startswith(("mid.block_1.", "up.0.block.0.nin_shortcut.")) for key in changed)
+    assert not quant_layers(network)["conv_in"].frozen and quant_layers(network)["mid.block_1.conv1"].frozen
 
 
-def test_a_finished_record_gives_the_result_without_any_work(
-    parts, uninterrupted, finished, timesteps, tmp_path, monkeypatch
-):
-    whole, expected = uninterrupted("quick", "ddim")
-    options = RunOptions(record=shutil.copytree(finished, tmp_path / "record"))
-    former = {path.name: path.read_bytes() for path in options.record.iterdir()}
-    monkeypatch.setattr("qdiff.calibration.frontier.Frontier.__init__", None)
-    run = calibrate(*parts("quick", "ddim"), timesteps, options=options)
-    assert checkpoint_of(run, tmp_path / "c.safetensors") == expected
-    assert {path.name: path.read_bytes() for path in options.record.iterdir()} == former
-    assert len(former) == len(pieces_of(whole)) + 1 and PLAN in former
+def test_a_state_is_a_copy(calibrated):
+    network = copy.deepcopy(calibrated("split"))
+    state = state_of(network, ["conv_in"])
+    former = {key: tensor.clone() for key, tensor in state.items()}
+    layer = network.conv_in
+    layer.bias.add_(1)
+    layer.act_quantizer.scale.mul_(2)
+    layer.freeze(layer.codes * 0)
+    assert not torch.equal(state_of(network, ["conv_in"])["conv_in.bias"], former["conv_in.bias"])
+    assert state.keys() == {"conv_in.bias", "conv_in.weight_grids.0", "conv_in.codes", "conv_in.act_quantizer.act_grid"}
+    assert all(torch.equal(state[key], tensor) for key, tensor in former.items())
 
 
-def test_pieces_that_were_lost_are_made_again(parts, uninterrupted, finished, timesteps, tmp_path):
-    """Any of them: what comes later is as it was, whatever is made anew."""
-    _, expected = uninterrupted("quick", "ddim")
-    options = RunOptions(record=shutil.copytree(finished, tmp_path / "record"))
-    for path in random.Random(0).sample(sorted(options.record.glob("*.safetensors")), 12):
-        path.unlink()
-    run = calibrate(*parts("quick", "ddim"), timesteps, options=options)
-    assert checkpoint_of(run, tmp_path / "c.safetensors") == expected
+def test_a_state_goes_through_a_file(calibrated, fresh, assert_same_numbers, tmp_path):
+    source, network = calibrated("step-groups"), fresh("step-groups")
+    Record(tmp_path).save(2, "", state_of(source, [""]), {})
+    put_state(network, Record(tmp_path).load(2, "")[0])
+    assert_same_numbers(network, source)
 
 
-def test_a_record_of_another_plan_is_refused_before_any_work(parts, timesteps, tmp_path):
-    record = tmp_path / "record"
-    Record(record, {"seed": 1})
-    with pytest.raises(ValueError, match="of another plan: seed: 1 there, 0 here"):
-        calibrate(*parts("quick", "ddim"), timesteps, options=RunOptions(record=record, plan={"seed": 0}))
+# Pieces
 
 
-def test_the_order_of_definition_goes_on_too(parts, make_network, timesteps, tmp_path):
-    """Where units learn before others that the network runs first: in a network of two levels."""
-    _, adapter, recipe, data, seed = parts("q-diffusion", "ddim")
-    network = make_network(32)
-    recipe = replace(recipe, compat=("definition_order", "train_mode"))
-    stages = tuple(s for s in recipe.stages if not isinstance(s, (Compensate, CorrectBias)))
-    arguments = network, adapter, replace(recipe, stages=stages), data, seed, timesteps
-    expected = checkpoint_of(calibrate(*arguments), tmp_path / "whole.safetensors")
-    for unit in ("up.0.block.1", "up.1.attn.0"):
-        with pytest.raises(Killed):
-            calibrate(*arguments, DyingProgress(unit), options=RunOptions(record=tmp_path / "record"))
-    run = calibrate(*arguments, options=RunOptions(record=tmp_path / "record"))
-    assert checkpoint_of(run, tmp_path / "c.safetensors") == expected
+def assert_piece(found, tensors=PIECE, notes=NOTES):
+    assert found[0].keys() == tensors.keys() and found[1] == notes
+    assert all(torch.equal(found[0][key], tensor) for key, tensor in tensors.items())
 
 
-# SIGKILL. One process loads everything once and lets a child calibrate, again and again, each of which it kills.
-
-KILLING = """
-import os, pickle, random, signal, sys, time
-from pathlib import Path
-import torch
-from qdiff.calibration.runner import RunOptions, calibrate
-from qdiff.calibration.store import MemoryLimits
-from qdiff.checkpoints import save_checkpoint
-
-folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-arguments = pickle.loads((folder / "arguments").read_bytes())
-
-def child(name, options=None):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        run = calibrate(*arguments, options=options)
-        save_checkpoint(folder / name, run.network, run.adapter, run.recipe, arguments[-1], {})
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-started = time.monotonic()
-assert os.waitpid(child("whole.safetensors"), 0)[1] == 0
-whole, draw = time.monotonic() - started, random.Random(int(sys.argv[3]))
-record = folder / "record"
-options = RunOptions(record=record, memory=MemoryLimits(host=0), scratch=folder / "scratch")
-for _ in range(kills):
-    pid = child("resumed.safetensors", options)
-    time.sleep(draw.uniform(0.02, 0.3) * whole)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    print(os.WIFSIGNALED(status), len(list(record.glob("[0-9]*.safetensors"))), flush=True)
-print(os.waitpid(child("resumed.safetensors", options), 0)[1] == 0)
-"""
+def test_pieces_are_found_again(tmp_path):
+    folder, plan = tmp_path / "new" / "record", {"seed": 3, "pair": (1, 2)}
+    record = Record(folder, plan)
+    assert len(record) == 0 and record.load(0, "") is None and not record.has(0, "")
+    record.save(0, "", PIECE, NOTES)
+    record.save(1, "mid.block_1", {}, {})
+    record.save(2, "mid.block_1", {"a": torch.ones(2)}, {"kept": False})
+    for again in (record, Record(folder, plan)):
+        assert len(again) == 3
+        assert_piece(again.load(0, ""))
+        assert_piece(again.load(1, "mid.block_1"), {}, {})
+        assert_piece(again.load(2, "mid.block_1"), {"a": torch.ones(2)}, {"kept": False})
+        assert not again.has(1, "") and again.load(3, "mid.block_1") is None
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("method", "family"), [("quick", "ddim"), ("q-diffusion", "ldm")])
-def test_a_process_killed_at_random_moments_ends_with_the_same_file(parts, timesteps, tmp_path, method, family):
-    (tmp_path / "arguments").write_bytes(pickle.dumps((*parts(method, family), timesteps)))
-    command = [sys.executable, "-c", KILLING, tmp_path, "5", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
-    assert run.returncode == 0, run.stderr
-    *killed, last = [line.split() for line in run.stdout.splitlines()]
-    counts = [int(count) for _, count in killed]
-    assert last == ["True"] and len(killed) == 5 and sum(flag == "True" for flag, _ in killed) >= 3
-    assert counts == sorted(counts) and counts[-1] > 0
-    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert list((tmp_path / "scratch").iterdir()) == []
+def test_without_a_folder_nothing_is_kept():
+    record = Record()
+    record.save(0, "", PIECE, NOTES)
+    record.remove()
+    assert len(record) == 0 and record.load(0, "") is None
+
+
+def test_who_does_not_lead_reads_and_writes_nothing(tmp_path):
+    follower = Record(tmp_path, {"seed": 1}, leads=False)
+    follower.save(0, "", PIECE, NOTES)
+    follower.remove()
+    assert list(tmp_path.iterdir()) == []
+    Record(tmp_path, {"seed": 1}).save(0, "", PIECE, NOTES)
+    follower = Record(tmp_path, {"seed": 1}, leads=False)
+    follower.remove()
+    assert_piece(follower.load(0, ""))
+
+
+def test_removing_leaves_nothing_of_its_own(tmp_path):
+    """Neither what a killed process left half-written; what others put there stays."""
+    for other in (None, "states.safetensors"):
+        folder = tmp_path / "record"
+        record = Record(folder, {"seed": 1})
+        record.save(0, "", PIECE, NOTES)
+        (folder / ".00001.safetensors.x8fk2").write_bytes(b"half")
+        if other:
+            (folder / other).write_bytes(b"of somebody else")
+        Record(folder, {"seed": 1}).remove()
+        assert ([p.name for p in folder.iterdir()] == [other]) if other else not folder.exists()
+    record.remove()  # again: nothing to do
+
+
+# Damage
+
+
+def test_half_written_files_are_no_pieces(tmp_path):
+    Record(tmp_path).save(0, "", PIECE, NOTES)
+    (tmp_path / ".00001.safetensors.x8fk2").write_bytes(b"half")
+    (tmp_path / "states.safetensors").write_bytes(b"of somebody else")
+    assert len(Record(tmp_path)) == 1
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(data=st.data())
+def test_a_damaged_piece_is_named(tmp_path, data):
+    folder = tmp_path / "record"
+    record = Record(folder)
+    record.save(0, "", PIECE, NOTES)
+    record.save(1, "conv", PIECE, NOTES)
+    path = folder / "00001.safetensors"
+    whole, kind = path.read_bytes(), data.draw(st.sampled_from(["cut", "bytes", "longer", "foreign", "other notes"]))
+    if kind == "cut":
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    elif kind == "bytes":
+        path.write_bytes(data.draw(st.binary(max_size=60)))
+    elif kind == "longer":
+        path.write_bytes(whole + data.draw(st.binary(min_size=1, max_size=9)))
+    elif kind == "foreign":
+        save_file(PIECE, path)
+    else:
+        about = [1, "text", {}, {"stage": 1}, {"stage": "x", "unit": "conv", "notes": {}}, {"stage": 1, "unit": "conv"}]
+        save_file(PIECE, path, {"qdiff": json.dumps(data.draw(st.sampled_from(about)))})
+    with pytest.raises(ValueError, match="00001.safetensors: not a readable piece of a calibration"):
+        Record(folder)
+    record.remove()
+
+
+def test_a_piece_that_was_deleted_is_made_anew_beside_the_others(tmp_path):
+    """Its number may be free, or another piece's: none is overwritten."""
+    record = Record(tmp_path)
+    for unit in "abc":
+        record.save(1, unit, {"x": torch.full((1,), ord(unit))}, {"unit": unit})
+    (tmp_path / "00001.safetensors").unlink()
+    record = Record(tmp_path)
+    assert record.load(1, "b") is None
+    for unit in "bde":
+        record.save(1, unit, {"x": torch.full((1,), ord(unit))}, {"unit": unit})
+    for again in (record, Record(tmp_path)):
+        assert len(again) == 5
+        for unit in "abcde":
+            tensors, notes = again.load(1, unit)
+            assert tensors["x"].item() == ord(unit) and notes == {"unit": unit}
+
+
+# Plans
+
+
+def test_the_plan_is_kept_beside_the_pieces(tmp_path):
+    plan = {"seed": 1, "recipe": {"bits": (4, 8), "rate": 1e-3}, "none": None}
+    assert read_plan(tmp_path) is None
+    Record(tmp_path, plan)
+    assert read_plan(tmp_path) == json.loads(json.dumps(plan))
+    Record(tmp_path, plan)
+
+
+def test_another_plan_is_refused_and_told_apart(tmp_path):
+    plan = {"seed": 1, "recipe": {"stages": [{"rate": 0.1}, {"rate": 0.2}], "name": "quick"}}
+    Record(tmp_path, plan).save(0, "", PIECE, NOTES)
+    other = {"seed": 2, "recipe": {"stages": [{"rate": 0.1}, {"rate": 0.3}], "name": "quick"}}
+    with pytest.raises(ValueError) as error:
+        Record(tmp_path, other)
+    assert str(error.value) == (
+        f"{tmp_path}: holds an unfinished calibration of another plan: "
+        "recipe.stages[1].rate: 0.2 there, 0.3 here; seed: 1 there, 2 here"
+    )
+    assert_piece(Record(tmp_path, plan).load(0, ""))  # untouched
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"not json"])
+def test_a_damaged_plan_is_named(tmp_path, content):
+    Record(tmp_path, {"seed": 1})
+    (tmp_path / PLAN).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{PLAN}: not a readable plan"):
+        Record(tmp_path, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "words"),
+    [
+        ({"a": 1}, {"a": 1}, ""),
+        ({"a": 1}, {"a": 2}, "a: 1 there, 2 here"),
+        ({"a": {"b": [1, {"c": "x"}]}}, {"a": {"b": [1, {"c": "y"}]}}, "a.b[1].c: 'x' there, 'y' here"),
+        ({"a": [1]}, {"a": [1, 2]}, "a: [1] there, [1, 2] here"),
+        ({"a": {"b": 1}}, {"a": None}, "a: {'b': 1} there, None here"),
+        ({"a": None}, {}, "a: None there, nothing here"),
+        ({}, {"b": None}, "b: nothing there, None here"),
+        ({"a": 1, "b": 2}, {"a": 3, "b": 4}, "a: 1 there, 3 here; b: 2 there, 4 here"),
+        (dict.fromkeys("abcdef", 0), dict.fromkeys("abcdef", 1), "d: 0 there, 1 here; and 2 more"),
+    ],
+)
+def test_differences_in_words(found, wanted, words):
+    assert differences(found, wanted).endswith(words) and bool(differences(found, wanted)) == bool(words)
+
+
+def test_long_values_are_cut_short():
+    assert len(differences({"a": "x" * 1000}, {"a": "y" * 1000})) < 200
+
+
+# Places that refuse
+
+
+@pytest.fixture
+def nobody():
+    """In the test's body this process has no more rights than anyone."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.fixture
+def closed():
+    """A folder that may be read only, with a record of one piece."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "record"
+        Record(folder, {"seed": 1}).save(0, "", PIECE, NOTES)
+        os.chmod(name, 0o555)
+        os.chmod(folder, 0o555)
+        yield folder
+        os.chmod(name, 0o755)
+        os.chmod(folder, 0o755)
+
+
+def test_a_read_only_folder_is_named_and_its_pieces_stay(closed, nobody):
+    record = Record(closed, {"seed": 1})
+    with pytest.raises(PermissionError) as error:
+        record.save(1, "conv", PIECE, NOTES)
+    assert str(closed) in str(error.value) and len(record) == 1
+    with pytest.raises(PermissionError):
+        Record(closed.parent / "new", {"seed": 1})
+    assert_piece(Record(closed, {"seed": 1}).load(0, ""))
+
+
+def test_a_disk_that_refuses_leaves_the_former_pieces_usable(tmp_path, smaller_files):
+    """Where no disk can be filled: files of 16 KiB may be written and no larger ones."""
+    record = Record(tmp_path, {"seed": 1})
+    record.save(0, "", {"a": torch.ones(100)}, {})
+    with smaller_files(2**14), pytest.raises(OSError, match="00001.safetensors: cannot be written") as error:
+        record.save(1, "conv", {"a": torch.ones(2**14)}, {})
+    assert "File too large" in str(error.value) and not record.has(1, "conv")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.safetensors", PLAN]
+    record = Record(tmp_path, {"seed": 1})
+    assert_piece(record.load(0, ""), {"a": torch.ones(100)}, {})
+    record.save(1, "conv", PIECE, NOTES)
+    assert_piece(Record(tmp_path, {"seed": 1}).load(1, "conv"))

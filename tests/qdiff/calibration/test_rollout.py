@@ -11,15 +11,15 @@ from ddim.schedules import cumulative_alphas
 from ldm.pipeline import Conditioning, Pipeline
 from ldm.samplers import guided
 from ldm.schedules import beta_schedule
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.rollout import Carrier, FloatRuns, GroupRollout, Predictor, Rollouts, groups_of
-from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import MemoryLimits, Store
 from qdiff.calibration.trajectories import Recorder
-from qdiff.layers import act_quantizers, to_double
-from qdiff.names import matches
-from qdiff.spec import QuantSpec, Recipe, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.nn.layers import act_quantizers, to_double
+from qdiff.recipes.layer_names import matches
+from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 BETAS = beta_schedule("linear", 1000, linear_start=0.0015, linear_end=0.0195)
 STEPS, SAMPLES, SHAPE = 6, 3, (3, 4, 4)

@@ -8,16 +8,16 @@ import torch
 
 from ddim.pipeline import Pipeline
 from ddim.schedules import beta_schedule
+from qdiff.calibration.calibrate import Progress, RunOptions, calibrate
 from qdiff.calibration.rollout import GroupRollout, Rollouts
 from qdiff.calibration.rollout_stage import _Rolling
-from qdiff.calibration.runner import Progress, RunOptions, calibrate
 from qdiff.calibration.selectors import select
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Recorder
 from qdiff.evaluation.memory import LiveBytes
-from qdiff.layers import act_quantizers, learnable_scales, quant_layers
-from qdiff.spec import QuantSpec, Recipe, Selector, StepGroups
-from qdiff.stages import ActivationRanges, Learn, RangeSpec, Rollout, RoundingPenalty, WeightRanges
+from qdiff.nn.layers import act_quantizers, learnable_scales, quant_layers
+from qdiff.recipes.recipe import QuantSpec, Recipe, Selector, StepGroups
+from qdiff.recipes.stages import ActivationRanges, Learn, RangeSpec, Rollout, RoundingPenalty, WeightRanges
 
 BETAS = beta_schedule("linear", 0.0001, 0.004, 1000)  # mild: a random network is no denoiser
 SAMPLES, STEPS = 4, 6

@@ -16,7 +16,7 @@ from qdiff.calibration.selectors import (
     uniform,
 )
 from qdiff.calibration.trajectories import Trajectories
-from qdiff.spec import Recipe, Selector, StepGroups
+from qdiff.recipes.recipe import Recipe, Selector, StepGroups
 
 
 def trajectories(steps, samples):

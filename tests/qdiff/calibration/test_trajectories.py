@@ -17,7 +17,7 @@ from qdiff.calibration.trajectories import (
     shard_path,
     shard_provenance,
 )
-from qdiff.files import save_pickle
+from qdiff.utils.files import save_pickle
 
 
 @dataclass

@@ -6,9 +6,9 @@ from torch import nn
 
 from qdiff.deploy.agreement import LIMIT, distances
 from qdiff.deploy.convert import integer_network
-from qdiff.layers import QuantLayer
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.nn.layers import QuantLayer
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 W8A8 = Recipe(
     "w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), stages=(WeightRanges(RangeSpec()), ActivationRanges())

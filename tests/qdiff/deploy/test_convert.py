@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qdiff.checkpoints import load_checkpoint, save_checkpoint
+from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.deploy.convert import integer_network, is_integer, load_integer, quantizes_activations
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers, to_double
-from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.nn.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers, to_double
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=STAGES)
@@ -132,7 +132,7 @@ def test_the_file_records_the_policy_of_attention(quantized, adapter, timesteps,
 
 
 def test_a_network_without_codes_is_refused(make_network, adapter):
-    from qdiff.surgery import insert_quantizers
+    from qdiff.nn.surgery import insert_quantizers
 
     network = insert_quantizers(make_network(32), W8A8, adapter)
     with pytest.raises(ValueError, match="its weight has no codes yet; calibrate the network first"):

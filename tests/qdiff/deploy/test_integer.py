@@ -8,13 +8,13 @@ from hypothesis import given
 from torch import nn
 
 from ddim.attention import DotProductAttention
+from qdiff.checkpoints.packing import pack_codes
 from qdiff.deploy.integer import accumulate, centred_codes
 from qdiff.deploy.layers import IntegerAttention, integer_layer
-from qdiff.layers import QUANT_LAYERS, QuantAttention
-from qdiff.packing import pack_codes
-from qdiff.ranges import grid_from_range
-from qdiff.spec import QuantSpec, StepGroups
-from qdiff.steps import StepTable
+from qdiff.nn.layers import QUANT_LAYERS, QuantAttention
+from qdiff.nn.ranges import grid_from_range
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import QuantSpec, StepGroups
 
 KINDS = st.sampled_from(["affine", "signed", "unsigned_mid"])
 TIMESTEPS = torch.arange(950, 0, -100)

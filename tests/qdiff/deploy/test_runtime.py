@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import qdiff
-from qdiff.checkpoints import save_checkpoint
+from qdiff.checkpoints.native import save_checkpoint
 from qdiff.deploy import runtime
 from qdiff.deploy.layers import IntegerLayer
 from qdiff.deploy.runtime import FastestAtFirstCall, load, prepare
-from qdiff.layers import QuantLayer
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.nn.layers import QuantLayer
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 W8A8 = Recipe(
     "w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), stages=(WeightRanges(RangeSpec()), ActivationRanges())

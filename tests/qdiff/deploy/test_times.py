@@ -8,8 +8,8 @@ import torch
 from qdiff.deploy import times as timing
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.times import Times, signature, sizes_of
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 CPU = torch.device("cpu")
 

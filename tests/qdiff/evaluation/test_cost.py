@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddim.pretrained import build_network, load_config
 from ldm.pretrained import build_network as build_latent
 from ldm.pretrained import load_config as load_latent
-from qdiff.adapters import adapter_for
 from qdiff.deploy.convert import integer_network
 from qdiff.evaluation.cost import Product, cost_of, counted_bits, float_bytes, stored_bytes
-from qdiff.layers import QuantAttention
+from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.spec import Rule
-from qdiff.surgery import insert_quantizers
+from qdiff.nn.layers import QuantAttention
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import Rule
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qdiff.checkpoints import save_checkpoint
+from qdiff.checkpoints.native import save_checkpoint
 from qdiff.evaluation.report import render
 from qdiff.evaluation.report_charts import Bar, Line, heat_map, line_chart, looks, spans, sparkline
 from qdiff.evaluation.report_images import GAP, make_gallery
@@ -26,9 +26,9 @@ from qdiff.evaluation.report_runs import (
     unit_summary,
 )
 from qdiff.evaluation.report_sensitivity import sensitivity_report, sensitivity_section
-from qdiff.layers import QuantAttention, act_quantizers, quant_layers
-from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.nn.layers import QuantAttention, act_quantizers, quant_layers
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 W4A8 = Recipe(
     "w4a8 split",

@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from qdiff.adapters import adapter_for
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.rollout import Rollouts
-from qdiff.calibration.runner import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.trajectories import Trajectories
-from qdiff.checkpoints import packed_state
+from qdiff.checkpoints.native import packed_state
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
 from qdiff.evaluation.sensitivity import _stored_bytes, measure, unit_costs
-from qdiff.layers import quant_layers
+from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe
+from qdiff.nn.layers import quant_layers
 
 ADAPTER = adapter_for("ddim")
 T = torch.tensor([900.0, 600.0, 100.0])

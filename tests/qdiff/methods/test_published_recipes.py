@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.methods import METHODS, MethodOptions, for_given_weights, make_recipe, require_stages, tasks
-from qdiff.spec import Recipe, StepGroups
-from qdiff.stages import ActivationRanges, Compensate, Finetune, Reconstruct, Rollout, WeightRanges
-from qdiff.steps import StepTable
+from qdiff.methods import METHODS, MethodOptions, for_given_weights, make_recipe, require_stages
+from qdiff.methods import published_settings as tasks
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import Recipe, StepGroups
+from qdiff.recipes.stages import ActivationRanges, Compensate, Finetune, Reconstruct, Rollout, WeightRanges
 
 FOLDER = Path(__file__).parents[3] / "configs" / "recipes"
 PUBLISHED = tasks.published()
@@ -71,7 +72,7 @@ def test_the_module_writes_the_files_into_a_folder(tmp_path, capsys):
     for arguments in ((), ("--help",), ("a", "b")):
         with pytest.raises(SystemExit, match="2"):
             tasks.main(arguments)
-        assert capsys.readouterr() == ("", "usage: python -m qdiff.methods.tasks FOLDER\n")
+        assert capsys.readouterr() == ("", "usage: python -m qdiff.methods.published_settings FOLDER\n")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

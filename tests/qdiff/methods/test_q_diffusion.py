@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qdiff.calibration.runner import calibrate
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.commandline import add_quantization_flags, chosen_recipe, make_parser
+from qdiff.cli.commandline import add_quantization_flags, chosen_recipe, make_parser
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.stages import ActivationRanges, RangeSpec, Reconstruct, WeightRanges
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, Reconstruct, WeightRanges
 
 FAMILIES = ("pixel", "latent", "text")
 PARSER = make_parser("")

@@ -7,7 +7,7 @@ from qdiff.deploy.kernels import attention
 from qdiff.deploy.kernels.attention import Grids, integer_attention
 from qdiff.deploy.kernels.codes import ActGrid
 from qdiff.deploy.kernels.tuning import Config
-from qdiff.spec import QuantSpec
+from qdiff.recipes.recipe import QuantSpec
 
 UNSIGNED = QuantSpec(8, "unsigned")
 CASES = {  # operands' grid, the softmax output's, (queries, keys, channels, channels of v, heads)

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from qdiff.arithmetic import quantize
-from qdiff.spec import QuantSpec
+from qdiff.nn.functional import quantize
+from qdiff.recipes.recipe import QuantSpec
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from qdiff.deploy.convert import integer_network
 from qdiff.deploy.kernels.convert import to_kernels
 from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, KernelNorm, plain_layer
 from qdiff.deploy.layers import IntegerLayer
-from qdiff.spec import QuantSpec, Recipe, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=STAGES)

@@ -12,7 +12,7 @@ from qdiff.deploy.kernels.geometry import Geometry
 from qdiff.deploy.kernels.product import Epilogue, integer_product, integer_sums, weight_only_product
 from qdiff.deploy.kernels.quantize import quantize
 from qdiff.deploy.kernels.tuning import Config
-from qdiff.spec import QuantSpec
+from qdiff.recipes.recipe import QuantSpec
 
 # (kernel, geometry); sizes below are none that tiles divide.
 FORMS = [

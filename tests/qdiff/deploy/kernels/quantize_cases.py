@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from qdiff.deploy.kernels.codes import ActGrid
 from qdiff.deploy.kernels.norms import group_norm_codes, layer_norm_codes
 from qdiff.deploy.kernels.quantize import channel_sums, quantize
-from qdiff.spec import QuantSpec
+from qdiff.recipes.recipe import QuantSpec
 
 SPECS = [QuantSpec(8), QuantSpec(8, "signed"), QuantSpec(4, "unsigned"), QuantSpec(2), QuantSpec(6, "unsigned_mid")]
 TIES = 2e-3  # share of codes that may differ by one step where the last bit of a float32 crosses a tie

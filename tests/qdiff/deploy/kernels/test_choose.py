@@ -12,8 +12,8 @@ from qdiff.deploy.kernels.choose import FastestKernels
 from qdiff.deploy.kernels.convert import to_kernels
 from qdiff.deploy.kernels.layers import KernelAttention, KernelLayer, KernelNorm
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), split_shortcuts=True, stages=STAGES)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qdiff.deploy.kernels.codes import MAX_DEPTH, ActGrid, KernelWeight
 from qdiff.deploy.kernels.geometry import Geometry, windows
-from qdiff.spec import QuantSpec
+from qdiff.recipes.recipe import QuantSpec
 
 
 @settings(max_examples=40)

@@ -9,7 +9,7 @@ from torch import nn
 
 from qdiff.deploy.onnx.export import make_model
 from qdiff.deploy.onnx.session import OnnxNetwork
-from qdiff.layers import to_double
+from qdiff.nn.layers import to_double
 
 
 class PlainAdapter:

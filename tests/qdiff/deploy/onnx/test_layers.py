@@ -9,9 +9,9 @@ from torch import nn
 from ddim.attention import DotProductAttention
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.onnx.export import make_model, weights_with_zero_points
-from qdiff.layers import QuantAttention, QuantConv, QuantLinear
-from qdiff.spec import QuantSpec, StepGroups
-from qdiff.steps import StepTable
+from qdiff.nn.layers import QuantAttention, QuantConv, QuantLinear
+from qdiff.nn.step_table import StepTable
+from qdiff.recipes.recipe import QuantSpec, StepGroups
 
 TABLE = StepTable(1000, StepGroups())
 SIZE = (8, 6, 6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qdiff.deploy.convert import integer_network
-from qdiff.spec import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), stages=RANGES)

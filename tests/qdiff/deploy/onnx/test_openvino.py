@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qdiff.deploy.onnx.export import make_model
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 openvino = pytest.importorskip("openvino")
 W8A8 = Recipe(

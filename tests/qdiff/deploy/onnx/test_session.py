@@ -11,8 +11,8 @@ from torch import nn
 from qdiff.deploy.onnx import export
 from qdiff.deploy.onnx.export import export_onnx, make_model
 from qdiff.deploy.onnx.session import OnnxNetwork
-from qdiff.spec import QuantSpec, Recipe, StepGroups
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W8A8 = Recipe("w8a8", QuantSpec(8, axis="out_channel"), QuantSpec(8), stages=RANGES)

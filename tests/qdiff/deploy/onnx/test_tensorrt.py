@@ -7,8 +7,8 @@ import pytest
 
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.onnx.export import make_model, unfit_for_tensorrt
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 # What networks like ours may need of the operators that TensorRT 10.15's ONNX parser lists, up to opset 24.
 SUPPORTED = """

@@ -10,16 +10,16 @@ import torch
 from ddim.pretrained import load_config, load_pretrained
 from ldm.pretrained import load_config as load_latent_config
 from ldm.pretrained import load_model
-from qdiff.adapters import adapter_for
-from qdiff.calibration.runner import calibrate
+from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.onnx import weight_types
 from qdiff.deploy.onnx.export import export_onnx, make_model
 from qdiff.deploy.onnx.session import OnnxNetwork
 from qdiff.deploy.onnx.weight_types import fastest_exact, is_exact, may_saturate, uint8_weights, with_uint8_weights
-from qdiff.spec import QuantSpec, Recipe
-from qdiff.stages import ActivationRanges, RangeSpec, WeightRanges
+from qdiff.families import adapter_for
+from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
 REPOSITORY = Path(__file__).parents[4]
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())

@@ -1,0 +1,1 @@
+"""Files of calibrated models: the native format, Q-Diffusion's, and packed codes."""

@@ -1,0 +1,1 @@
+"""Checking golden cases, and whether images show what was asked for."""

@@ -1,0 +1,1 @@
+"""Measuring images, and the cost of a model."""

@@ -1,0 +1,1 @@
+"""Models that flags name: how they are found, loaded, conditioned and sampled."""

@@ -1,0 +1,379 @@
+"""From the quantization flags to a calibrated network: load one, or calibrate one and write it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.calibrate import Calibration, RunOptions, calibrate, check_weights
+from qdiff.calibration.rollout import Path as SamplerPath
+from qdiff.calibration.rollout import Rollouts
+from qdiff.calibration.selectors import check_selection, select
+from qdiff.calibration.store import MemoryLimits
+from qdiff.calibration.trajectories import Trajectories, check_times, load_trajectories, save_shard
+from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
+from qdiff.checkpoints.qdiffusion import (
+    load_published,
+    original_flags,
+    original_softmax_bits,
+    published_recipe,
+    save_published,
+)
+from qdiff.cli.commandline import bits_label, chosen_recipe, method_options
+from qdiff.cli.progress import LOG_NAME, PLOT_NAME, CalibrationLog, check_tensorboard, peak_memory, plot_losses
+from qdiff.deploy.convert import load_integer, quantizes_activations
+from qdiff.deploy.runtime import keeps_codes
+from qdiff.evaluation.report import REPORT_NAME, write
+from qdiff.evaluation.report_runs import calibration_report
+from qdiff.families import Adapter
+from qdiff.methods import for_given_weights
+from qdiff.nn.layers import act_quantizers, quant_layers
+from qdiff.nn.surgery import insert_quantizers, softmax_spec
+from qdiff.recipes.layer_names import matching
+from qdiff.recipes.recipe import Recipe
+from qdiff.recipes.stages import Finetune, Rollout
+from qdiff.utils.devices import describe_device, tensor_float32
+from qdiff.utils.team import Team
+
+logger = logging.getLogger(__name__)
+MakePath = Callable[[], SamplerPath]
+CHECKPOINT_NAME = "ckpt.safetensors"  # in a run's folder; written last, so that it means a finished calibration
+RECORD_NAME, STATES_NAME = "calibration", "states.safetensors"  # of an unfinished one
+# Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
+QUANTIZING = ("cali_ckpt", "recipe", "method", "set", "resume", "resume_w", "quant_act", "weight_bit", "tensorboard")
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What the flags ask for: `recipe` calibrates (None: nothing is calibrated), `loads` is the checkpoint that is
+    used as it is."""
+
+    args: argparse.Namespace
+    recipe: Recipe | None
+    loads: Path | None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for --dry_run."""
+        args = self.args
+        return {
+            "calibrated_checkpoint": None if args.cali_ckpt is None else str(args.cali_ckpt),
+            "calibration_data": None if self.recipe is None else str(args.cali_data_path or "made by this run"),
+        }
+
+
+def plan_quantization(args: argparse.Namespace, steps: int, steps_flag: str) -> QuantizationPlan:
+    """Check the flags against one another. steps: of the sampler, that `steps_flag` asks for.
+
+    Raises ValueError naming the flag at fault.
+    """
+    for flag in QUANTIZING:
+        if not args.ptq and getattr(args, flag):
+            raise ValueError(f"--{flag}: quantizes, so it needs --ptq")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume, --resume_w: one loads everything, the other the weights; give one of them")
+    if (args.resume or args.resume_w) and args.cali_ckpt is None:
+        raise ValueError(f"--resume{'_w' * args.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
+    if args.resume_w and not args.quant_act:
+        raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
+    if not args.ptq:
+        return QuantizationPlan(args, None, None)
+    if args.tensorboard:
+        check_tensorboard()
+    recipe = chosen_recipe(args)
+    if args.cali_ckpt is not None and not args.resume_w:
+        return QuantizationPlan(args, None, args.cali_ckpt)
+    if args.resume_w:
+        recipe = for_given_weights(recipe)
+    by_steps = recipe.selector.name != "density_variety"  # which may take many states of a step
+    if args.cali_data_path is None and by_steps and recipe.selector.steps > steps:
+        raise ValueError(f"--cali_st {recipe.selector.steps}: {steps_flag} makes only {steps} steps")
+    return QuantizationPlan(args, recipe, None)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it writes anything, so that a bad file leaves no trace."""
+
+    loaded: nn.Module | None  # the calibrated network of --cali_ckpt
+    recipe: Recipe | None  # its recipe
+    trajectories: Trajectories | None  # of --cali_data_path
+
+    def label(self, plan: QuantizationPlan) -> str:
+        """W4A8 and the like."""
+        return bits_label(plan.recipe or self.recipe)
+
+
+def read_inputs(
+    plan: QuantizationPlan,
+    adapter: Adapter,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    timesteps: Tensor,
+    conditional: bool = False,
+    path: MakePath | None = None,
+) -> Inputs:
+    """Read and check the files that the flags name, and whether the recipe fits the network.
+
+    build: makes the float network of the configuration (its weights do not matter); shape: (C, H, W) of its input;
+    timesteps: [S] of the sampler, floats where it works between timesteps; conditional: the network takes conditioning;
+    path: makes the sampler's path, which recipes that learn over groups of steps need. Raises FileNotFoundError, or
+    ValueError naming the flag and the file.
+    """
+    args, loaded, recipe, trajectories = plan.args, None, None, None
+    if args.ptq and args.cali_ckpt is not None:
+        loaded, recipe = load_calibrated(args, build, adapter)
+    if plan.recipe is None:
+        return Inputs(loaded, recipe, None)
+    with torch.device("meta"):
+        network = build()
+    if args.cali_data_path is not None:
+        trajectories = load_trajectories(args.cali_data_path, shape)
+        fractions = timesteps.is_floating_point()
+        check_times(trajectories, adapter.num_timesteps(network), fractions, args.cali_data_path)
+        check_selection(trajectories, plan.recipe)
+        _check_path(plan, trajectories, path)
+        timesteps = trajectories.timesteps
+    else:
+        _check_path(plan, None, path)
+    if trajectories is not None:
+        _check_conditioning(trajectories, conditional, adapter.config_of(network), args.cali_data_path)
+    insert_quantizers(network, plan.recipe, adapter, timesteps)
+    _check_layers(plan.recipe, network, adapter)
+    if loaded is not None:
+        try:
+            check_weights(network, loaded)
+        except ValueError as error:
+            reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
+            raise ValueError(f"--resume_w {args.cali_ckpt}: {reason}") from error
+    return Inputs(loaded, recipe, trajectories)
+
+
+def _check_path(plan: QuantizationPlan, trajectories: Trajectories | None, path: MakePath | None) -> None:
+    """That stages over groups of steps can learn from the sampler, and from the states that were given."""
+    if not needs_rollouts(plan.recipe) or path is None:
+        return
+    try:
+        made = path()
+    except ValueError as error:
+        raise ValueError(f"{plan.recipe.name}: learns over groups of steps: {error}") from error
+    if trajectories is not None:
+        try:
+            Rollouts(trajectories, made)
+        except ValueError as error:
+            raise ValueError(f"--cali_data_path {plan.args.cali_data_path}: {error}") from error
+
+
+def _check_layers(recipe: Recipe, network: nn.Module, adapter: Adapter) -> None:
+    """That every stage that names layers finds some."""
+    roles = adapter.roles(network)
+    for stage in recipe.stages:
+        if isinstance(stage, Finetune) and not matching(stage.layers, quant_layers(network), roles):
+            raise ValueError(f"finetune layers: {', '.join(stage.layers)} match no layer of the network")
+
+
+def _check_conditioning(trajectories: Trajectories, conditional: bool, config: dict[str, Any], path: Path) -> None:
+    """config: of the network. It says the width D of the embeddings [N, L, D] that cross attention takes, or how many
+    labels there are."""
+    width, classes = config.get("context_dim"), config.get("num_classes")
+    if conditional and "cs" not in trajectories.extra:
+        raise ValueError(f"{path}: expected calibration data with conditioning (cs, ucs), found none")
+    if not conditional and trajectories.extra:
+        raise ValueError(f"{path}: has conditioning (cs, ucs), but the network takes none")
+    for key, (found, *_) in trajectories.extra.items():
+        if width is not None and (found.dim() != 3 or found.shape[-1] != width):
+            raise ValueError(f"{path}: expected {key} of shape (N, L, {width}), found {tuple(found.shape)}")
+        if width is None and (found.dim() != 1 or found.is_floating_point()):
+            raise ValueError(f"{path}: expected {key} to be labels (N), found {found.dtype} {tuple(found.shape)}")
+    if width is None and classes is not None:
+        labels = [step for column in trajectories.extra.values() for step in column]
+        low, high = min(int(step.min()) for step in labels), max(int(step.max()) for step in labels)
+        if low < 0 or high >= classes:
+            raise ValueError(f"{path}: expected labels 0 ... {classes - 1}, found {low} ... {high}")
+
+
+def calibrate_and_write(
+    plan: QuantizationPlan,
+    inputs: Inputs,
+    adapter: Adapter,
+    float_network: nn.Module,
+    record: Callable[[int], Trajectories],
+    folder: Path,
+    provenance: dict[str, Any],
+    team: Team | None = None,
+    path: MakePath | None = None,
+) -> nn.Module:
+    """Calibrate by the plan's recipe; write ckpt.safetensors, ckpt.pth and report.html into `folder`.
+
+    Returns the network. record: count -> float sampling states of that many samples, where the flags name no file of
+    them. path: makes the sampler's path (see `ddim.linear`), which stages over groups of steps need. Until the result
+    is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
+    with the result if that was written. Of a team's processes the leading one writes; all return the same network.
+    """
+    args, unfinished, finished, team = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
+    if team.broadcast(finished.exists()):
+        logger.info("%s: calibrated before the interruption", finished)
+        if team.leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return load_checkpoint(finished).network
+    trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.seeds, unfinished, team)
+    provenance = {"seed": args.seed, **provenance}
+    data = select(trajectories, plan.recipe, float_network, adapter, args.seed)
+    device = next(float_network.parameters()).device
+    options = RunOptions(
+        memory=args.max_memory or MemoryLimits(),
+        scratch=args.scratch or folder,
+        record=unfinished,
+        plan=provenance
+        | {
+            "recipe": plan.recipe.to_dict(),
+            "states": data.digest(),
+            "weights": str(args.cali_ckpt),
+            "products": args.calibration_products,
+        },
+        team=team,
+        products="bfloat16" if args.calibration_products == "bfloat16" else "float32",
+    )
+    with tensor_float32(args.calibration_products == "tf32"):
+        run = calibrate(
+            *(float_network, adapter, plan.recipe, data, args.seed, trajectories.timesteps),
+            CalibrationLog(folder, device, args.tensorboard) if team.leads else None,
+            weights_from=inputs.loaded,
+            options=options,
+            rollouts=rollouts_of(plan.recipe, trajectories, path),
+        )
+    logger.info("device: %s", describe_device(run.network))
+    logger.info("states took at most %s bytes", run.store.peak)
+    logger.info("peak memory: %s bytes", peak_memory(device))
+    if team.leads:
+        plot_losses(run.reports, folder / PLOT_NAME)
+        write_calibrated(folder, run, trajectories.timesteps, provenance)
+        (unfinished / STATES_NAME).unlink(missing_ok=True)
+        run.record.remove()
+        write_report(folder)
+    return run.network
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html of a calibration into its folder, from the files that lie there."""
+    write(calibration_report(folder / CHECKPOINT_NAME, folder / LOG_NAME, folder / "run.log"), folder / REPORT_NAME)
+
+
+def rollouts_of(recipe: Recipe, trajectories: Trajectories, path: MakePath | None) -> Rollouts | None:
+    """What stages over groups of denoising steps learn from; None for recipes without.
+
+    Raises ValueError where the states are of another sampler, or the sampler is not linear in the predictions.
+    """
+    return Rollouts(trajectories, path()) if needs_rollouts(recipe) and path is not None else None
+
+
+def needs_rollouts(recipe: Recipe) -> bool:
+    """Whether a stage learns over groups of denoising steps."""
+    return any(isinstance(stage, Rollout) for stage in recipe.stages)
+
+
+def warn_of_other_sampler(network: nn.Module, timesteps: Tensor) -> None:
+    """Say it where parameter sets per step were calibrated for another sampler than timesteps [S] are of."""
+    table = getattr(network, "step_table", None)
+    if table is None or not quantizes_activations(network) or table.made_for(timesteps):
+        return
+    found = f"{table.count} parameter sets for a sampler of {len(table.known)} timesteps"
+    logger.warning("the network has %s, this one has %d: each takes the set of the nearest", found, len(timesteps))
+
+
+def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Path, team: Team) -> Trajectories:
+    """The states of the run that was interrupted, or new ones, kept for that case."""
+    path = unfinished / STATES_NAME
+    if team.broadcast(path.exists()):
+        return team.broadcast(load_trajectories(path) if team.leads else None)
+    trajectories = record(count)
+    if team.leads:
+        save_shard(trajectories, path, {})
+    return trajectories
+
+
+def load_calibrated(
+    args: argparse.Namespace, build: Callable[[], nn.Module], adapter: Adapter
+) -> tuple[nn.Module, Recipe]:
+    """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
+
+    build: makes the float network of the configuration (its weights do not matter). The recipe is what the network
+    uses: without activations where they stay float. Raises FileNotFoundError, or ValueError naming the flag and the
+    file where they contradict each other, or what is wrong with the file.
+    """
+    path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
+    if not path.is_file():
+        raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
+    if path.suffix == ".safetensors":
+        return _load_native(args, path, build, adapter, activations)
+    options = method_options(args)
+    bits = options.act_bits if activations else None
+    network = build()
+    flags = (options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split)
+    network, found = load_published(path, network, adapter, published_recipe(*flags, adapter, network))
+    _check_given_flags(args, path, found, adapter, network)  # a file of ours brings its own recipe
+    return network, found
+
+
+def _load_native(
+    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
+) -> tuple[nn.Module, Recipe]:
+    if keeps_codes(getattr(args, "runtime", "simulate"), getattr(args, "prefer", "speed")):
+        found = load_integer(path, activations=activations)
+    else:
+        found = load_checkpoint(path)
+    if found.adapter.family != adapter.family:
+        raise ValueError(
+            f"{path}: made for a {found.adapter.family} model, the configuration is of a {adapter.family} one"
+        )
+    with torch.device("meta"):
+        expected = found.adapter.config_of(build())
+    config = found.adapter.config_of(found.network)
+    for key in expected:
+        if config.get(key) != expected[key] and key != "dropout":
+            raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
+    recipe = found.recipe
+    if activations and recipe.activations is None:
+        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
+    if not activations:
+        recipe = replace(recipe, activations=None, softmax=None)
+        for quantizer in act_quantizers(found.network).values():
+            quantizer.enabled = False
+    _check_given_flags(args, path, recipe, found.adapter, found.network)
+    return found.network, recipe
+
+
+def _check_given_flags(
+    args: argparse.Namespace, path: Path, recipe: Recipe, adapter: Adapter, network: nn.Module
+) -> None:
+    """A file with its recipe knows its own bits and grids: flags may be left out, those given must agree."""
+    held = [("weight_bit", args.weight_bit, (recipe.weights.bits,))]
+    if recipe.activations is not None:
+        held.append(("act_bit", args.act_bit, (recipe.activations.bits,)))
+        softmax_bits = (softmax_spec(recipe).bits, original_softmax_bits(recipe, adapter, network))
+        held.append(("sm_abit", args.sm_abit, softmax_bits))
+        if args.a_sym and recipe.activations.kind != "signed":
+            raise ValueError(f"--a_sym: contradicts {path}, whose activations are not symmetric")
+    for flag, given, has in held:
+        if given is not None and given not in has:
+            raise ValueError(f"--{flag} {given}: contradicts {path}, which has {has[0]} bits")
+    if args.split and not recipe.split_shortcuts:
+        raise ValueError(f"--split: contradicts {path}, whose shortcuts are not split")
+
+
+def write_calibrated(folder: Path, run: Calibration, timesteps: Tensor | None, provenance: dict[str, Any]) -> None:
+    """Write ckpt.pth, where the original's format can express the result, and ckpt.safetensors into a run's folder."""
+    float_weights = {n: run.float_network.get_submodule(n).weight.detach() for n in quant_layers(run.network)}
+    try:
+        save_published(folder / "ckpt.pth", run.network, run.adapter, run.recipe, float_weights)
+        logger.info("the original code reads ckpt.pth with %s", original_flags(run.recipe, run.adapter, run.network))
+    except ValueError as error:
+        logger.warning("no ckpt.pth: %s", error)
+    save_checkpoint(folder / CHECKPOINT_NAME, run.network, run.adapter, run.recipe, timesteps, provenance)

@@ -1,0 +1,1 @@
+"""Runs in folders of their own: batches of images, going on after an interruption, what is kept."""

@@ -1,0 +1,175 @@
+"""What the sampling scripts share: batches of image indices, progress, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.files import remove_leftovers
+from qdiff.calibration.resume import differences
+from qdiff.calibration.trajectories import Recorder, Trajectories
+from qdiff.cli.commandline import new_folder
+from qdiff.cli.quantize import RECORD_NAME
+from qdiff.deploy.runtime import prepare
+from qdiff.evaluation.runs import CONFIG_NAME
+from qdiff.families import Adapter
+from qdiff.utils.files import sole_user, write_text
+from qdiff.utils.team import Team
+
+logger = logging.getLogger(__name__)
+# Images that calibrate are counted from here on, so that they never coincide with images that are looked at.
+FIRST_CALIBRATION_IMAGE = 2**31
+ALONE = Team()
+
+Observer = Callable[[Any], None]  # is shown every network call
+Sample = Callable[[range, Observer], Tensor]  # (image indices, observer) -> their images or latents
+
+
+def batches(first: int, count: int, size: int) -> Iterator[range]:
+    """Image indices first ... first + count - 1 in batches of `size`."""
+    for start in range(first, first + count, size):
+        yield range(start, min(start + size, first + count))
+
+
+def sample_batches(
+    sample: Sample,
+    steps: int,
+    indices: Sequence[range],
+    title: str,
+    observe: Callable[[range], Observer | None] | None = None,
+    team: Team = ALONE,
+) -> Iterator[tuple[range, Tensor]]:
+    """(image indices, what `sample` gives for them on the CPU) of each batch, under one progress bar.
+
+    steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls. team: processes of
+    which each samples its part of the batches; the leading one shows the bar, of its part.
+    """
+    indices = team.mine(indices)
+    if not indices:  # of a run whose images are all there
+        return
+    options = {"unit": "step", "dynamic_ncols": True, "disable": not team.leads}
+    with tqdm(total=len(indices) * steps, desc=title, **options) as bar:
+        for number, batch in enumerate(indices):
+            watch = None if observe is None else observe(batch)
+
+            def tick(call, number=number, watch=watch) -> None:
+                bar.update(number * steps + call.step + 1 - bar.n)  # some samplers call twice in a step
+                if watch is not None:
+                    watch(call)
+
+            yield batch, sample(batch, tick).cpu()
+
+
+def record_batches(
+    sample: Sample,
+    steps: int,
+    indices: Sequence[range],
+    conditioning: Callable[[range], dict[str, Tensor]] = lambda batch: {},
+    team: Team = ALONE,
+) -> Iterator[tuple[range, Trajectories]]:
+    """(image indices, float sampling states) of each batch of seeds. conditioning: batch -> its cs and ucs.
+
+    team: processes of which each records its part of the batches.
+    """
+    recorders: dict[range, Recorder] = {}
+
+    def observe(batch: range) -> Observer:
+        recorders[batch] = Recorder()
+        return recorders[batch].add
+
+    for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe, team):
+        yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
+
+
+def describe_runtime(args: argparse.Namespace) -> dict[str, str]:
+    """Plain data that say how the network computes; for --dry_run, and to know a run again."""
+    return {"runtime": args.runtime} | ({"prefer": args.prefer} if args.runtime == "auto" else {})
+
+
+def prepared(
+    network: nn.Module, adapter: Adapter, args: argparse.Namespace, device: torch.device, team: Team = ALONE
+) -> nn.Module:
+    """The network, float or calibrated, as --runtime and --prefer have it run on the device."""
+
+    def report(line: str) -> None:
+        logger.info(line)
+        if team.leads:
+            tqdm.write(line)  # it is known at the first call, when a progress bar is on the screen
+
+    logger.info("runtime: %s", args.runtime)
+    return prepare(network, adapter, args.runtime, device=device, prefer=args.prefer, report=report)
+
+
+@contextmanager
+def open_run(
+    parent: Path,
+    description: dict[str, Any],
+    wanted: Callable[[Path], list[Path]],
+    must_continue: bool = False,
+    team: Team = ALONE,
+) -> Iterator[tuple[Path, bool]]:
+    """(folder of this run, whether it was begun earlier); within the block no other process works in the folder.
+
+    The newest folder in `parent` whose description is the same and in which files that are `wanted` are missing is
+    gone on with; else a new one is made, named after date and time, or ValueError raised with what differs where the
+    run must be continued. The description is kept as sampling_config.yaml. Of a team the leading process decides;
+    raises FileNotFoundError where another one does not see the folder, ValueError where another run is at work in it.
+    """
+    with ExitStack() as locks:
+        found = _open_run(parent, description, wanted, must_continue, locks) if team.leads else None
+        folder, continued = team.broadcast(found)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: not seen by process {team.rank}; machines must share the output folder")
+        yield folder, continued
+
+
+def _open_run(
+    parent: Path,
+    description: dict[str, Any],
+    wanted: Callable[[Path], list[Path]],
+    must_continue: bool,
+    locks: ExitStack,
+) -> tuple[Path, bool]:
+    text = yaml.safe_dump(description, sort_keys=False, width=100, allow_unicode=True)
+    runs = sorted(parent.glob(f"*/{CONFIG_NAME}"), reverse=True)
+    for config in runs:
+        same = config.read_text(encoding="utf8") == text
+        if same and not all(path.exists() for path in wanted(config.parent)):
+            locks.enter_context(sole_user(config.parent))
+            remove_leftovers(config.parent)
+            return config.parent, True
+    if must_continue:
+        raise ValueError(f"--resume_calibration: {_why_not(parent, runs, text)}")
+    folder = new_folder(parent)
+    locks.enter_context(sole_user(folder))  # before the description shows it to others
+    write_text(folder / CONFIG_NAME, text)
+    return folder, False
+
+
+def _why_not(parent: Path, runs: Sequence[Path], text: str) -> str:
+    """Why no run in `parent` can be gone on with."""
+    unfinished = [config.parent for config in runs if (config.parent / RECORD_NAME).is_dir()]
+    if not unfinished:
+        return f"{parent} holds no unfinished run"
+    found = yaml.safe_load((unfinished[0] / CONFIG_NAME).read_text(encoding="utf8"))
+    return f"{unfinished[0]} is of another plan: {differences(found, yaml.safe_load(text))}"
+
+
+def missing_batches(
+    indices: Sequence[range], files_of: Callable[[range], list[Path]], team: Team = ALONE
+) -> list[range]:
+    """The batches of which a file is not there yet: whole ones, so that images do not depend on interruptions.
+
+    Of a team the leading process looks, before any of them writes.
+    """
+    missing = [batch for batch in indices if team.leads and not all(path.exists() for path in files_of(batch))]
+    return team.broadcast(missing)

@@ -1,0 +1,1 @@
+"""Sampling images: pixel models, latent models, text-to-image models."""

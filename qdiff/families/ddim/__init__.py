@@ -1,0 +1,1 @@
+"""The pixel models of `ddim`."""

@@ -1,0 +1,1 @@
+"""The latent models of `ldm`."""

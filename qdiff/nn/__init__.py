@@ -1,0 +1,1 @@
+"""Quantized layers: the arithmetic of grids, quantizers, ranges, and surgery that puts them into a network."""

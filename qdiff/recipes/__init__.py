@@ -1,0 +1,1 @@
+"""The language of recipes: what is quantized, on which grids, and which stages calibrate it."""

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of quantization: files, devices, seeds, measurements, teams of processes."""
