@@ -32,7 +32,7 @@ from qdiff.cli.commandline import (
     whole,
 )
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, add_model_flags, choose_model
-from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches
+from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches, warn_of_start
 from qdiff.utils.devices import choose_device
 from qdiff.utils.fabric_team import start_team
 from qdiff.utils.files import save_pickle, sole_user
@@ -91,6 +91,7 @@ def record(
     one_file = folder != args.out
     todo = team.broadcast(unfinished(folder, provenance, indices) if team.leads else None)
     start_log(folder, args.verbose, team.rank)
+    warn_of_start(model.pipeline)
     for batch, part in loaded.record(list(todo), team):
         save_shard(part, shard_path(folder, todo[batch]), provenance)
         logger.info("%s: %d samples, %d steps", shard_path(folder, todo[batch]).name, part.samples, part.steps)

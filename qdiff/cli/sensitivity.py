@@ -25,7 +25,7 @@ from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import concatenate
 from qdiff.cli.commandline import add_run_flags, make_parser, number, print_plan, start_log, whole
 from qdiff.cli.models.any_family import ChosenModel, add_model_flags, choose_model
-from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches
+from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches, warn_of_start
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
 from qdiff.evaluation.report import REPORT_NAME, write
@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def work(args: argparse.Namespace, model: ChosenModel) -> None:
     """Measure, choose, write and print."""
     start_log(args.outdir, args.verbose)
+    warn_of_start(model.pipeline)
     found = measure_model(args, model)
     bits = choose_bits(args, found)
     print(write_results(args, model, found, bits))

@@ -31,6 +31,7 @@ from qdiff.cli.compare.parts import run_part
 from qdiff.cli.compare.plan import DEFAULT_METHODS, FLOAT, LATENT_BATCH, Comparison, make_entries
 from qdiff.cli.compare.report import write_report
 from qdiff.cli.models.any_family import add_model_flags, choose_model
+from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.methods import METHODS
 from qdiff.utils.devices import choose_device
 from qdiff.utils.fabric_team import start_team
@@ -110,6 +111,7 @@ def orchestrate(comparison: Comparison, flags: list[str]) -> None:
     leads = leads_machines(comparison.args)
     digest = comparison.check_weights()
     start_log(comparison.folder, comparison.args.verbose, 0 if leads else 1)
+    warn_of_start(comparison.model.pipeline)
     with sole_user(comparison.folder) if leads else contextlib.nullcontext():
         if leads:
             remove_leftovers(comparison.folder)

@@ -20,7 +20,14 @@ from qdiff.calibration.resume import differences
 from qdiff.checkpoints.native import read_about
 from qdiff.cli.commandline import check_runtime_flags
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, choose_model
-from qdiff.cli.runs.sampling import CONFIG_NAME, batches, describe_runtime, missing_batches, sample_batches
+from qdiff.cli.runs.sampling import (
+    CONFIG_NAME,
+    batches,
+    describe_runtime,
+    missing_batches,
+    sample_batches,
+    warn_of_start,
+)
 from qdiff.evaluation.images import file_digest
 from qdiff.utils.files import sole_user, write_text
 
@@ -81,6 +88,7 @@ def plan_sampling(args: argparse.Namespace, parent: Path, device: torch.device) 
 def sample_folders(plan: SamplingPlan) -> tuple[Path, Path | None]:
     """(folder of the images to judge, folder of the float model's); images that are there are not sampled again."""
     plan.parent.mkdir(parents=True, exist_ok=True)
+    warn_of_start(plan.model.pipeline)
     checkpoint = plan.args.cali_ckpt
     wanted = {plan.parent / IMAGES: checkpoint} | ({plan.parent / FLOAT_IMAGES: None} if plan.with_float else {})
     with sole_user(plan.parent):

@@ -36,6 +36,7 @@ from qdiff.cli.runs.sampling import (
     prepared,
     record_batches,
     sample_batches,
+    warn_of_start,
 )
 from qdiff.evaluation.runs import LABELS_NAME, PROMPTS_NAME
 from qdiff.families import adapter_for
@@ -212,6 +213,7 @@ def execute(plan: LatentPlan, team: Team, wanted: Callable[[Path], list[Path]] |
         label = inputs.label(quantization)
         logger.info("%s model from %s", label, plan.checkpoint)
         warn_without_effect(args)
+        warn_of_start(pipeline)
         network = quantized_network(plan, inputs, model, folder, team)
         warn_of_other_sampler(network, pipeline.timesteps())
         del inputs  # what runs may take less memory than what was loaded

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim.files import remove_leftovers
+from ddim.schedules import cumulative_alphas
 from qdiff.calibration.resume import differences
 from qdiff.calibration.trajectories import Recorder, Trajectories
 from qdiff.cli.commandline import new_folder
@@ -88,6 +89,18 @@ def record_batches(
 
     for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe, team):
         yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
+
+
+def warn_of_start(pipeline: Any) -> None:
+    """Say it where the first step's timestep is one of nearly clean images, as the only step of most samplers is.
+
+    pipeline: of `ddim.pipeline` or `ldm.pipeline`.
+    """
+    first = int(pipeline.timesteps()[0])
+    signal = cumulative_alphas(pipeline.betas)[first].item()
+    if signal > 0.5:  # of the variance; sampling starts from noise alone
+        wanted = f"where the network takes images with {100 * (1 - signal):.2g} % of noise"
+        logger.warning("sampling starts from noise at timestep %d, %s: expect noise, or take more steps", first, wanted)
 
 
 def describe_runtime(args: argparse.Namespace) -> dict[str, str]:

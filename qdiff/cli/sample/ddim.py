@@ -49,7 +49,7 @@ from qdiff.cli.quantize import (
     warn_of_other_sampler,
 )
 from qdiff.cli.runs.outputs import Kept, add_kept_flags, check_kept_flags, describe_kept
-from qdiff.cli.runs.sampling import batches, describe_runtime, open_run, prepared, sample_batches
+from qdiff.cli.runs.sampling import batches, describe_runtime, open_run, prepared, sample_batches, warn_of_start
 from qdiff.utils.devices import choose_device
 from qdiff.utils.fabric_team import start_team
 from qdiff.utils.team import Team
@@ -177,6 +177,7 @@ def execute(plan: Plan, team: Team) -> None:
         if args.cond:
             logger.warning("--cond: no effect, pixel models are unconditional")
         warn_without_effect(args)
+        warn_of_start(pipeline)
         network = inputs.loaded
         if model is not None:
             network = model.network.to(plan.device)

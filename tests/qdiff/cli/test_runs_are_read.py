@@ -34,7 +34,7 @@ def test_prompts_come_back(latent, tmp_path, prompt):
 
 
 def test_a_long_prompt_comes_back(latent, tmp_path):
-    flags = ("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 1, "--skip_grid")
+    flags = ("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 2, "--skip_grid")
     result = call("txt2img", "--ckpt", latent.sd.ckpt, *flags, "--prompt", STRANGE[-1], "--outdir", "out")
     (run,) = (tmp_path / "out").iterdir()
     assert result.code == 0 and read_run_prompts(run) == (STRANGE[-1],)
@@ -46,6 +46,6 @@ def test_the_plot_of_a_calibration_is_no_image(calibrated):
 
 
 def test_a_run_that_kept_its_grid_alone_is_refused(latent, tmp_path):
-    flags = ("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 1, "--skip_save")
+    flags = ("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 2, "--skip_save")
     run = txt2img(latent.sd, tmp_path / "out", "--prompt", "a cat", *flags)
     refused(call("evaluate", run), run, "found a run that kept none")

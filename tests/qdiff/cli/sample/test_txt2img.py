@@ -86,7 +86,7 @@ def test_skip_grid_and_skip_save(latent, plain, tmp_path):
 
 
 def test_without_an_outdir_images_go_to_outputs(latent, tmp_path):
-    passed(call("txt2img", "--ckpt", latent.sd.ckpt, *CAT, "--n_iter", 1, "--n_samples", 1, "--ddim_steps", 1))
+    passed(call("txt2img", "--ckpt", latent.sd.ckpt, *CAT, "--n_iter", 1, "--n_samples", 1, "--ddim_steps", 2))
     assert len(list((tmp_path / "outputs" / "txt2img-samples").glob("*/samples/00000.png"))) == 1
 
 
@@ -133,7 +133,7 @@ def test_the_prompt_changes_the_image(latent, tmp_path):
 
 def test_a_prompt_that_is_too_long_is_named(latent, tmp_path):
     prompt = "a photo of a cat " * 5
-    flags = ("--ckpt", latent.sd.ckpt, "--prompt", prompt, "--n_samples", 1, "--n_iter", 2, "--ddim_steps", 1)
+    flags = ("--ckpt", latent.sd.ckpt, "--prompt", prompt, "--n_samples", 1, "--n_iter", 2, "--ddim_steps", 2)
     result = call("txt2img", *flags, "--outdir", "out")
     assert result.code == 0
     (line,) = result.complaints  # once, though it is sampled twice
