@@ -321,6 +321,21 @@ def new_folder(parent: Path) -> Path:
             folder = parent / f"{name}-{attempt}"
 
 
+def printable(text: str, kept: str = "") -> str:
+    """The text with control characters and others that do not print, apart from those `kept`, as escapes.
+
+    Names that files hold reach people through messages; a terminal would obey what is in them.
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+class PlainFormatter(logging.Formatter):
+    """Lines of a log, with nothing in them that a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), kept="\n\t")
+
+
 def start_log(folder: Path, verbose: bool, rank: int = 0) -> None:
     """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written.
 
@@ -331,12 +346,9 @@ def start_log(folder: Path, verbose: bool, rank: int = 0) -> None:
     handlers = [logging.FileHandler(folder / name, encoding="utf8"), logging.StreamHandler(sys.stderr)]
     handlers[0].setLevel(logging.DEBUG if verbose else logging.INFO)
     handlers[1].setLevel(logging.ERROR if rank else logging.INFO if verbose else logging.WARNING)
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        handlers=handlers,
-        force=True,
-    )
+    for handler in handlers:
+        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=handlers, force=True)
     logger.info("command: %s", " ".join(sys.argv))
     logger.info("torch %s, %d threads", torch.__version__, torch.get_num_threads())
 
@@ -355,6 +367,8 @@ def run_main(main: Callable[[Sequence[str] | None], None], interrupted: str = ""
 
     interrupted: what to add to the word "interrupted" after Ctrl-C, of which the exit code is 130.
     """
+    if logging.lastResort is not None:  # it writes warnings from before the log is started
+        logging.lastResort.setFormatter(PlainFormatter())
     try:
         main(None)
     except (ValueError, OSError) as error:
@@ -369,6 +383,7 @@ def run_main(main: Callable[[Sequence[str] | None], None], interrupted: str = ""
 
 def _complain(reason: str) -> int:
     """One line on standard error, and in run.log once there is one."""
+    reason = printable(reason)
     if logging.getLogger().handlers:
         logger.error(reason)
     else:
