@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdiff.nn.layers import act_quantizers, quant_layers
-from qdiff.utils.files import save_safetensors, write_text
+from qdiff.recipes.plain_data import brief
+from qdiff.utils.files import parse_json, save_safetensors, write_text
 
 PLAN = "plan.json"
 
@@ -139,7 +140,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a readable plan: {error}") from error
 
@@ -166,13 +167,13 @@ def _differences(found: Any, wanted: Any, name: str) -> list[str]:
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         pairs = enumerate(zip(found, wanted, strict=True))
         return [d for i, (f, w) in pairs for d in _differences(f, w, f"{name}[{i}]")]
-    return [] if found == wanted else [f"{name}: {found!r:.60} there, {wanted!r:.60} here"]
+    return [] if found == wanted else [f"{name}: {brief(found):.60} there, {brief(wanted):.60} here"]
 
 
 def _about(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["qdiff"])
+            about = parse_json((file.metadata() or {})["qdiff"])
         return {"stage": int(about["stage"]), "unit": str(about["unit"]), "notes": dict(about["notes"])}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable piece of a calibration: {error}") from error

@@ -128,7 +128,7 @@ def shard_provenance(path: Path) -> dict:
         raise ValueError(f"{path}: not a readable trajectory shard: {error}") from error
     about = about if isinstance(about, dict) else {}
     if about.get("format") != FORMAT or not isinstance(about.get("provenance"), dict):
-        found = about.get("format") or "another safetensors file"
+        found = str(about.get("format") or "another safetensors file")[:60]
         raise ValueError(f"{path}: expected a trajectory shard ({FORMAT}), found {found}")
     return about["provenance"]
 
@@ -229,7 +229,7 @@ def _load_original(path: Path) -> Trajectories:
 def _checked(content: Any, path: Path) -> Trajectories:
     """A file's columns as trajectories. Raises ValueError naming the file, what was expected and what was found."""
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
-        found = sorted(map(str, content))[:4] if isinstance(content, dict) else type(content).__name__
+        found = [str(key)[:60] for key in [*content][:4]] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected calibration data with xs and ts, found {found}")
     columns = {key: _steps(content[key], key, path) for key in ("xs", "ts", *CONDITIONING) if key in content}
     steps = len(columns["xs"])

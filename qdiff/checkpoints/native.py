@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qdiff.bounds import check_numbers, check_tables, check_types, check_values, header_of, no_larger_than
 from qdiff.checkpoints.packing import check_packed, pack_codes, unpack_codes
 from qdiff.families import Adapter, adapter_for
 from qdiff.nn.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import Recipe
-from qdiff.utils.files import save_safetensors
+from qdiff.utils.files import parse_json, save_safetensors
 
 FORMAT = "qdiff-checkpoint-2"
 SEEN_BYTES = 2**26  # of a file, which stay in memory page by page until it is opened anew
@@ -71,6 +72,8 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
         state[key] = _integers(state[key], torch.int16 if of_weight else torch.int32, key)
     for name, keys in _joined(state).items():
         state[name] = torch.cat([state.pop(key).flatten() for key in keys])
+    for key, tensor in state.items():
+        check_values(key, tensor)
     return dict(state)
 
 
@@ -132,12 +135,12 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("qdiff", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            about = parse_json((file.metadata() or {}).get("qdiff", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable checkpoint (truncated, or of another kind): {error}") from error
     about = about if isinstance(about, dict) else {}
     if about.get("format") not in READABLE:
-        found = about.get("format") or "a safetensors file without our metadata"
+        found = str(about.get("format") or "a safetensors file without our metadata")[:60]
         raise ValueError(f"{path}: expected a calibrated checkpoint ({' or '.join(READABLE)}), found {found}")
     return about
 
@@ -153,21 +156,29 @@ class PackedFile:
     def __init__(self, path: str | Path) -> None:
         self.path, self.about = path, read_about(path)
         self._hashes: dict[str, str] = {}
+        self._file, self._seen = safe_open(path, "pt"), 0
         try:
+            self._header = header_of(self._file)
             self.recipe, self.adapter = Recipe.from_dict(self.about["recipe"]), adapter_for(self.about["family"])
-            steps = self.about["timesteps"]
-            timesteps = None if steps is None else torch.tensor(steps, dtype=torch.float64)
-            with torch.device("meta"):
-                network = self.adapter.build(self.about["config"])
-            self.network = insert_quantizers(network, self.recipe, self.adapter, timesteps)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its description does not make a network: {error}") from error
+            self.network = self._network(self.about["config"], self.about["timesteps"])
+        except Exception as error:  # sizes and types that nobody thought of make a network stumble anywhere
+            reason = " ".join(f"{error}".split()) or type(error).__name__
+            raise ValueError(f"{path}: its description does not make a network: {reason:.400}") from error
         for module in self.network.modules():
             if isinstance(module, QuantAttention):
                 module.policy = self.about.get("attention", module.policy)
-        self._file, self._seen = safe_open(path, "pt"), 0
         self._layers = {f"{n}.codes": m for n, m in quant_layers(self.network).items() if m.weight_quantizers}
         self._read_float_part()
+
+    def _network(self, config: dict[str, Any], steps: list[float] | None) -> nn.Module:
+        check_numbers(config, self._header)
+        with torch.device("meta"), no_larger_than(self._header):
+            network = self.adapter.build(config)
+        check_tables(network, self.recipe, self.adapter.num_timesteps(network), len(steps or ()), self._header)
+        timesteps = None if steps is None else torch.tensor(steps, dtype=torch.float64)
+        if timesteps is not None and not (timesteps.dim() == 1 and bool(timesteps.isfinite().all())):
+            raise ValueError("timesteps: expected a list of finite numbers")
+        return insert_quantizers(network, self.recipe, self.adapter, timesteps)
 
     def _tensor(self, key: str) -> Tensor:
         if self._seen > SEEN_BYTES:
@@ -178,7 +189,7 @@ class PackedFile:
         return tensor
 
     def _read_float_part(self) -> None:
-        keys = set(self._file.keys())
+        keys = set(self._header)
         codes = {key for key in keys if key.endswith(".codes")}
         shapes = {key: tensor.shape for key, tensor in self.network.state_dict().items()}
         expected = shapes.keys() - {key.replace(".codes", ".weight") for key in self._layers}
@@ -186,8 +197,11 @@ class PackedFile:
         expected = expected.difference(*joined.values()).union(joined)
         _compare(self.path, "tensors", expected, keys - codes)
         _compare(self.path, "codes", self._layers.keys(), codes)
-        state = {key: self._tensor(key).float() for key in sorted(keys - codes)}
         with self._fitting():
+            check_types(self._header)
+            state = {key: self._tensor(key).float() for key in sorted(keys - codes)}
+            for key, tensor in state.items():
+                check_values(key, tensor)
             for name, parts in joined.items():
                 pieces = state.pop(name).split([shapes[key].numel() for key in parts])
                 state |= {key: piece.view(shapes[key]) for key, piece in zip(parts, pieces, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -9,20 +10,28 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+
 TAG = "stage"  # the key that says which of several dataclasses a mapping is
+
+
+def brief(value: Any) -> str:
+    """`repr` for messages, cut short: what a file holds may be of any size and depth."""
+    return _brief.repr(value)
 
 
 def one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
     """Raise a ValueError naming the field and its valid values unless `value` is one of them."""
     valid = tuple(valid)
     if value not in valid:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, valid))}, found {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, valid))}, found {brief(value)}")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
     """Raise a ValueError naming the field unless low <= value <= high."""
     if not low <= value <= high:
-        raise ValueError(f"{name}: expected a value from {low} to {high}, found {value}")
+        raise ValueError(f"{name}: expected a value from {low} to {high}, found {brief(value)}")
 
 
 def to_plain(value: Any, tags: Mapping[str, type]) -> Any:
@@ -83,7 +92,7 @@ def _dataclass(kind: type, plain: Any, where: str, tagged: Mapping[Any, Mapping[
 
 def _expect(kind: type | tuple[type, ...], name: str, plain: Any, where: str) -> None:
     if not isinstance(plain, kind):
-        raise ValueError(f"{where}: expected {name}, found {plain!r}")
+        raise ValueError(f"{where}: expected {name}, found {brief(plain)}")
 
 
 def _scalar(kind: type, plain: Any, where: str) -> Any:
@@ -92,5 +101,5 @@ def _scalar(kind: type, plain: Any, where: str) -> Any:
             return float(plain)
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and kind is not bool):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {plain!r}")
+        raise ValueError(f"{where}: expected {kind.__name__}, found {brief(plain)}")
     return kind(plain)

@@ -12,6 +12,7 @@ import yaml
 from qdiff.recipes.layer_names import Roles, check_pattern, matches
 from qdiff.recipes.plain_data import from_plain, one_of, to_plain, within
 from qdiff.recipes.stages import STAGES, Stage
+from qdiff.utils.files import parse_yaml
 
 KINDS = ("affine", "signed", "unsigned", "unsigned_mid")
 AXES = ("tensor", "out_channel", "in_channel")
@@ -213,9 +214,9 @@ class Recipe:
         Raises ValueError naming the file and what is wrong in it.
         """
         try:
-            plain = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+            plain = parse_yaml(Path(path).read_text(encoding="utf8"))
             return cls.from_dict(plain["recipe"] if isinstance(plain, dict) and "recipe" in plain else plain)
-        except (ValueError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a recipe: {' '.join(str(error).split())}") from error
 
 

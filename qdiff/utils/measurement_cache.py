@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from qdiff.utils.files import write_text
+from qdiff.utils.files import parse_json, write_text
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -58,7 +58,7 @@ class Measured(Generic[Answer]):
 
     def _read(self) -> dict[str, Answer]:
         try:
-            entries = json.loads(self.path.read_text(encoding="utf8"))
+            entries = parse_json(self.path.read_text(encoding="utf8"))
             return {key: self._restore(**entry) for key, entry in entries.items()}
         except FileNotFoundError:
             return {}
