@@ -31,7 +31,8 @@ from qdiff.cli.benchmark.rollout import ROLLOUT_COLUMNS, add_rollout_command, ro
 from qdiff.cli.benchmark.run import RUN_COLUMNS, add_run_command, benchmark_runs, rows_of
 from qdiff.cli.benchmark.timing import in_turn
 from qdiff.cli.commandline import add_run_flags, make_parser, print_plan, whole
-from qdiff.cli.models.pixel import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
+from qdiff.cli.models.pixel import add_model_flags, chosen_pixel_model
+from qdiff.cli.runs.sampling import record
 from qdiff.evaluation.table import markdown_table
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.utils.devices import choose_device
@@ -61,12 +62,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def simulate(args: argparse.Namespace) -> list[dict]:
     """Rows for the float network and the simulated ones: weights alone, and with activations."""
-    config, device = read_config(args), choose_device(args.device)
-    model = load_float_model(args, config)
-    network = model.network.to(device)
     args.sample_type, args.timesteps, args.skip_type, args.eta = "generalized", 4, "quad", 0.0
-    pipeline = make_pipeline(args, config)
-    trajectories = record(pipeline, network, 4, 4)
+    chosen, device = chosen_pixel_model(args), choose_device(args.device)
+    model, pipeline, adapter = chosen.source.load(device), chosen.pipeline, chosen.adapter
+    network = model.network
+    trajectories = record(model, chosen.sampling, network, 4, 4)
     generator = torch.Generator().manual_seed(args.seed)
     x = torch.randn((args.batch_size, *pipeline.shape), generator=generator).to(device)
     t = torch.randint(0, len(pipeline.betas), (args.batch_size,), generator=generator).to(device)
@@ -75,7 +75,7 @@ def simulate(args: argparse.Namespace) -> list[dict]:
         options = MethodOptions(args.weight_bit, act_bits, True, 8, True, selector_steps=4, per_step=4)
         recipe = make_recipe("nearest", options)
         data = select(trajectories, recipe)
-        networks[f"simulated {label}"] = calibrate(network, ADAPTER, recipe, data, args.seed).network
+        networks[f"simulated {label}"] = calibrate(network, adapter, recipe, data, args.seed).network
     runs = {name: (lambda network=network: network(x, t)) for name, network in networks.items()}
     times = in_turn(runs, args.repeats, device)
     return [{"what": n, "milliseconds": ms, "ratio": ms / times["float"]} for n, ms in times.items()]

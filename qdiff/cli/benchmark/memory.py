@@ -21,7 +21,7 @@ from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.cli.commandline import add_run_flags, whole
-from qdiff.cli.models.latent import ADAPTER
+from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.utils.files import save_safetensors
 
@@ -68,8 +68,8 @@ def quantize_and_save(config_path: Path, checkpoint: Path, packed: Path, bits: i
     network = load_float(config_path, checkpoint).model.diffusion_model
     recipe = make_recipe("nearest", MethodOptions(weight_bits=bits, split=True))
     nothing = CalibrationSet(torch.empty(0), torch.empty(0), torch.empty(0))  # weights alone need no states
-    run = calibrate(network, ADAPTER, recipe, nothing, seed=0)
-    save_checkpoint(packed, run.network, ADAPTER, recipe, None, {})
+    run = calibrate(network, adapter_for("ldm"), recipe, nothing, seed=0)
+    save_checkpoint(packed, run.network, adapter_for("ldm"), recipe, None, {})
 
 
 def _measured(work: Callable, arguments: tuple, results: multiprocessing.Queue) -> None:

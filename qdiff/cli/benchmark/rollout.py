@@ -15,12 +15,18 @@ from qdiff.calibration.rollout import FloatRuns, GroupRollout, Predictor, Rollou
 from qdiff.calibration.selectors import select
 from qdiff.calibration.store import Store
 from qdiff.cli.commandline import add_run_flags, whole
-from qdiff.cli.models.pixel import ADAPTER, add_model_flags, load_float_model, make_pipeline, read_config, record
+from qdiff.cli.models.any_family import NO_WEIGHTS
+from qdiff.cli.models.pixel import add_model_flags
+from qdiff.cli.runs.sampling import record
 from qdiff.evaluation.memory import LiveBytes
+from qdiff.families import adapter_for
+from qdiff.families.open import pixel_model
+from qdiff.families.options import SamplingOptions
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.nn.layers import act_quantizers, learnable_scales
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.utils.devices import choose_device
+from qdiff.utils.errors import flags_named
 
 MIB = 2**20
 ROLLOUT_COLUMNS = [
@@ -46,13 +52,13 @@ def add_rollout_command(commands: argparse._SubParsersAction) -> None:
 
 def rollout(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each way and group size: the tensors that one iteration makes and holds at once, and its time."""
-    sampling = {"timesteps": max(args.group_sizes), "sample_type": "generalized", "skip_type": "uniform", "eta": 0.0}
-    config = read_config(args)
-    pipeline = make_pipeline(argparse.Namespace(**vars(args) | sampling), config)
-    device = choose_device(args.device)
-    network = load_float_model(args, config).network.to(device)
-    trajectories = record(pipeline, network, args.batch_size, args.batch_size)
-    rollouts, rows = Rollouts(trajectories, pipeline.path()), []
+    source = pixel_model(args.config, args.ckpt, pretrained=args.use_pretrained, no_weights=NO_WEIGHTS)
+    with flags_named({"steps": "--group_sizes"}):
+        sampling = source.sampling(SamplingOptions(steps=max(args.group_sizes), seed=args.seed))
+    model = source.load(choose_device(args.device))
+    network = model.network
+    trajectories = record(model, sampling, network, args.batch_size, args.batch_size)
+    rollouts, rows = Rollouts(trajectories, sampling.pipeline.path()), []
     for size in args.group_sizes:
         group = _first_group(network, rollouts, size, args)
         scales = learnable_scales(list(act_quantizers(group.predict.network).values()))
@@ -67,10 +73,11 @@ def _first_group(network: torch.nn.Module, rollouts: Rollouts, size: int, args: 
     """The first group of a W4A8 network with a parameter set for every `size` steps."""
     steps = rollouts.trajectories.steps
     options = MethodOptions(4, 8, True, 8, True, selector_steps=steps, per_step=min(2, args.batch_size))
+    adapter = adapter_for("ddim")
     recipe = apply_overrides(make_recipe("nearest", options), [f"step_groups.size={size}"])
     data = select(rollouts.trajectories, recipe)
-    quantized = calibrate(network, ADAPTER, recipe, data, args.seed, rollouts.trajectories.timesteps).network
-    teacher, predict = (Predictor(n, ADAPTER, rollouts) for n in (network, quantized))
+    quantized = calibrate(network, adapter, recipe, data, args.seed, rollouts.trajectories.timesteps).network
+    teacher, predict = (Predictor(n, adapter, rollouts) for n in (network, quantized))
     store = Store(predict.parameter.device)
     runs = FloatRuns(teacher, rollouts, args.batch_size, store, args.batch_size)
     return GroupRollout(predict, runs, groups_of(rollouts.path, quantized.step_table)[0])

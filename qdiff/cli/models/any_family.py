@@ -1,4 +1,4 @@
-"""A model of any family, chosen by flags, with the way it samples: what the scripts share that take all families."""
+"""A model of any family, chosen by flags, with the way it samples: what the commands share that take all families."""
 
 from __future__ import annotations
 
@@ -12,20 +12,33 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ddim.linear import LinearPath
-from ddim.samplers import Sampler
 from qdiff.calibration.trajectories import Trajectories
 from qdiff.cli.commandline import number, whole
+from qdiff.cli.models.conditioning import asked_of_calibration, digest_of
 from qdiff.cli.runs.sampling import record_batches
 from qdiff.families import Adapter
+from qdiff.families.open import latent_model, pixel_model
+from qdiff.families.options import Entry, SamplingOptions
+from qdiff.families.source import Predict, Sampling, Source
+from qdiff.utils.errors import flags_named
 from qdiff.utils.team import Team
 
 PIXEL_SAMPLERS = ("generalized", "ddpm_noisy", "dpm_solver")
 LATENT_SAMPLERS = ("ddim", "plms", "dpm_solver", "ddpm")
 OF_LATENT_MODELS = ("scale", "prompt", "from_file", "classes", "uncond_class", "H", "W")
 OF_PIXEL_MODELS = ("use_pretrained", "ckpt", "skip_type")
-
-Predict = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> eps, guided where guidance is asked for
+NO_WEIGHTS = "no float weights: give --use_pretrained, or --ckpt FILE with weights of your own"
+FLAGS = {
+    "steps": "--timesteps",
+    "sampler": "--sample_type",
+    "eta": "--eta",
+    "scale": "--scale",
+    "height": "--H",
+    "width": "--W",
+    "labels": "--classes",
+    "no_label": "--uncond_class",
+    "prompts": "--prompt",
+}
 
 
 def add_model_flags(parser: argparse.ArgumentParser, timesteps: int, skip_type: str) -> None:
@@ -65,48 +78,84 @@ class LoadedModel:
     network: nn.Module
     origin: dict[str, str]
     record: Callable[[Sequence[range], Team], Iterator[tuple[range, Trajectories]]]
-    start: Callable[[range], Sampler]
+    start: Callable[[range], Any]
     predictor: Callable[[nn.Module, range], Predict]
     decode: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """What the flags ask for, checked; nothing is loaded yet.
+    """What the flags ask for, checked: a model and how it samples; nothing is loaded yet."""
 
-    family: "pixel", "latent" or "text", as in MethodOptions. pipeline: of ddim.pipeline or ldm.pipeline. entries: the
-    prompts or labels that samples take in turn. batch_size: the configuration's own, None where it has none. weights:
-    finds the file of the float weights. build: the float network, its weights of no matter.
-    """
+    source: Source
+    sampling: Sampling
 
-    family: str
-    adapter: Adapter
-    config: Any  # DictConfig
-    pipeline: Any
-    where: dict[str, str]  # what names the model
-    entries: tuple[str | int, ...]
-    batch_size: int | None
-    weights: Callable[[], Path]
-    build: Callable[[], nn.Module]
-    load: Callable[[torch.device], LoadedModel]
+    @property
+    def family(self) -> str:
+        """ "pixel", "latent" or "text", as in MethodOptions."""
+        return self.source.kind
+
+    @property
+    def adapter(self) -> Adapter:
+        """What the toolkit knows about the network."""
+        return self.source.adapter
+
+    @property
+    def pipeline(self) -> Any:
+        """How it samples."""
+        return self.sampling.pipeline
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The prompts or labels that samples take in turn."""
+        return self.sampling.entries
+
+    @property
+    def where(self) -> dict[str, str]:
+        """What names the model."""
+        return self.source.where
+
+    @property
+    def batch_size(self) -> int | None:
+        """The configuration's own, None where it has none."""
+        return self.source.batch_size
 
     @property
     def steps(self) -> int:
         """Sampler steps."""
-        return len(self.pipeline.timesteps())
+        return self.sampling.steps
 
-    def path(self) -> LinearPath | None:
+    def path(self) -> Any:
         """How errors add up while sampling; None for a sampler that is not linear."""
-        try:
-            return self.pipeline.path()
-        except ValueError:
-            return None
+        return self.sampling.path()
+
+    def weights(self) -> Path:
+        """The file of the float weights."""
+        return self.source.weights()
+
+    def build(self) -> nn.Module:
+        """The float network, its weights of no matter."""
+        return self.source.build()
 
     def plain_config(self) -> dict[str, Any]:
         """The configuration's content."""
-        plain = OmegaConf.to_container(self.config, resolve=True)
+        plain = OmegaConf.to_container(self.source.config, resolve=True)
         plain.pop("config_file", None)
         return plain
+
+    def load(self, device: torch.device) -> LoadedModel:
+        """The float model on a device."""
+        model, sampling = self.source.load(device), self.sampling
+        network = model.network
+        asked = {"asked_for": digest_of(sampling.entries)} if self.family != "pixel" else {}
+        return LoadedModel(
+            network,
+            model.origin | asked,
+            lambda indices, team: record_batches(model, sampling, network, indices, team),
+            lambda batch: model.start(sampling, batch, network),
+            lambda quantized, batch: model.predictor(sampling, quantized, batch),
+            model.decode,
+        )
 
 
 def choose_model(args: argparse.Namespace) -> ChosenModel:
@@ -122,115 +171,13 @@ def choose_model(args: argparse.Namespace) -> ChosenModel:
     args.sample_type = args.sample_type or known[0]
     if args.sample_type not in known:
         raise ValueError(f"--sample_type {args.sample_type}: expected one of {', '.join(known)} for this model")
-    return _latent_model(args) if latent else _pixel_model(args)
-
-
-def _pixel_model(args: argparse.Namespace) -> ChosenModel:
-    from ddim.noise import ImageNoise
-    from ddim.pretrained import build_network, find_pretrained
-    from ddim.samplers import make_sampler, to_images
-    from qdiff.cli.models.pixel import ADAPTER, load_float_model, make_pipeline, read_config, sampler_of
-
     args.skip_type = args.skip_type or args.default_skip_type
-    config = read_config(args)
-    pipeline = make_pipeline(args, config)
-    steps = len(pipeline.timesteps())
-
-    def load(device: torch.device) -> LoadedModel:
-        model = load_float_model(args, config)
-        network = model.network.to(device)
-        sample = sampler_of(pipeline, network)
-
-        def start(batch: range) -> Sampler:
-            noise = ImageNoise(pipeline.seed, batch, pipeline.shape, device)
-            how = {"steps": pipeline.steps, "skip_type": pipeline.skip_type, "eta": pipeline.eta}
-            return make_sampler(pipeline.sampler, noise(), betas=pipeline.betas, noise=noise, **how)
-
-        return LoadedModel(
-            network,
-            model.describe(),
-            lambda indices, team: record_batches(sample, steps, indices, team=team),
-            start,
-            lambda quantized, batch: quantized,
-            to_images,
-        )
-
-    return ChosenModel(
-        "pixel",
-        ADAPTER,
-        config,
-        pipeline,
-        {"config": str(args.config)},
-        (),
-        config.sampling.batch_size,
-        lambda: args.ckpt or find_pretrained(config),
-        lambda: build_network(config),
-        load,
-    )
-
-
-def _latent_model(args: argparse.Namespace) -> ChosenModel:
-    from ldm.pretrained import build_network, find_checkpoint, find_config, load_model
-    from qdiff.cli.models.conditioning import asked_of_calibration, digest_of, is_conditional, number_of_classes
-    from qdiff.cli.models.latent import ADAPTER, latent_size, make_pipeline, origin_of
-    from qdiff.cli.models.latent_config import read_config
-
-    checkpoint = find_checkpoint(args.resume_base)
-    config = read_config(args.config or find_config(checkpoint))
-    entries, nothing, scale = asked_of_calibration(args, config)
-    options = {"steps": args.timesteps, "eta": args.eta, "scale": scale, "seed": args.seed}
-    flag = f"--timesteps {args.timesteps}"
-    pipeline = make_pipeline(config, latent_size(args, config), flag, sampler=args.sample_type, **options)
-
-    def load(device: torch.device) -> LoadedModel:
-        model = load_model(config, checkpoint).to(device)
-        origin = origin_of(checkpoint) | {"asked_for": digest_of(entries)}
-        return _loaded_latent(model, pipeline, entries, nothing, origin)
-
-    return ChosenModel(
-        "text" if is_conditional(config) and number_of_classes(config) is None else "latent",
-        ADAPTER,
-        config,
-        pipeline,
-        {"checkpoint": str(checkpoint)},
-        entries,
-        None,
-        lambda: checkpoint,
-        lambda: build_network(config),
-        load,
-    )
-
-
-def _loaded_latent(model, pipeline, entries: tuple, nothing: str | int, origin: dict) -> LoadedModel:
-    """A latent model, whose images take the entries in turn from 0 on, as its calibration images do from theirs."""
-    from ddim.noise import ImageNoise
-    from ddim.samplers import to_images
-    from ldm.pipeline import Conditioning
-    from ldm.samplers import guided, make_sampler
-    from qdiff.cli.models.conditioning import Conditioner, calibration_conditioner
-    from qdiff.cli.models.latent import record_latents
-
-    network = model.model.diffusion_model
-    like = next(network.parameters())
-    calibrating = calibration_conditioner(model, entries, nothing, pipeline.scale)
-    asked = Conditioner(model, lambda i: entries[i % len(entries)], nothing, pipeline.scale != 1) if entries else None
-
-    def start(batch: range) -> Sampler:
-        noise = ImageNoise(pipeline.seed, batch, pipeline.shape, like.device, like.dtype)
-        how = {"steps": pipeline.steps, "betas": pipeline.betas, "eta": pipeline.eta}
-        return make_sampler(pipeline.sampler, noise(), noise=noise, **how)
-
-    def predictor(quantized: nn.Module, batch: range) -> Predict:
-        if asked is None:
-            return guided(quantized, None, None, pipeline.scale)
-        seen: Conditioning = asked(batch).to(like.device, like.dtype)
-        return guided(quantized, seen.context, seen.unconditional, pipeline.scale)
-
-    return LoadedModel(
-        network,
-        origin,
-        lambda indices, team: record_latents(pipeline, network, calibrating, indices, team),
-        start,
-        predictor,
-        lambda x: to_images(model.decode_first_stage(x).float()),
-    )
+    shared = {"steps": args.timesteps, "sampler": args.sample_type, "eta": args.eta, "seed": args.seed}
+    with flags_named(FLAGS):
+        if not latent:
+            source = pixel_model(args.config, args.ckpt, pretrained=args.use_pretrained, no_weights=NO_WEIGHTS)
+            return ChosenModel(source, source.sampling(SamplingOptions(skip_type=args.skip_type, **shared)))
+        source = latent_model(args.resume_base, args.config)
+        asked = asked_of_calibration(args, source.config)
+        options = SamplingOptions(height=args.H, width=args.W, **shared, **asked)
+        return ChosenModel(source, source.sampling(options))

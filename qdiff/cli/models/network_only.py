@@ -5,59 +5,56 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import ddim.pretrained
-import ldm.pretrained
-from qdiff.cli.models import pixel as pixel_model
-from qdiff.cli.models.conditioning import is_conditional, number_of_classes
+from qdiff.cli.models.any_family import FLAGS, NO_WEIGHTS
 from qdiff.families import Adapter
+from qdiff.families.open import is_latent_config, latent_model, pixel_model
+from qdiff.families.source import Source, check_same_network, inputs
+from qdiff.utils.errors import flags_named
 
-TOKENS = 77  # of a prompt, where the configuration does not say
+NO_LATENT_WEIGHTS = "no float weights: give -r PATH with the latent model's checkpoint, or --random"
 
 
 @dataclass(frozen=True)
 class NamedModel:
     """What the flags name; nothing is loaded yet.
 
-    shape: (C, H, W) of an input; context: of its conditioning, () for none; family: "pixel", "latent" or "text".
-    build: the float network, its weights of no matter. load: the same with its weights, on the CPU; raises ValueError
-    where the flags name none.
+    shape: (C, H, W) of an input. build: the float network, its weights of no matter. load: the same with its weights,
+    on the CPU; raises ValueError where the flags name none.
     """
 
-    adapter: Adapter
+    source: Source
     shape: tuple[int, ...]
-    context: tuple[int, ...]
-    family: str
     build: Callable[[], nn.Module]
     load: Callable[[], nn.Module]
 
+    @property
+    def adapter(self) -> Adapter:
+        """What the toolkit knows about the network."""
+        return self.source.adapter
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """Shape of one image's conditioning, () for none."""
+        return self.source.context
+
+    @property
+    def family(self) -> str:
+        """ "pixel", "latent" or "text"."""
+        return self.source.kind
+
     def check(self, path: Path, family: str, config: dict[str, Any]) -> None:
         """Raise ValueError where a packed file, made for a network of `family` with `config`, is of another model."""
-        if family != self.adapter.family:
-            raise ValueError(f"{path}: made for a {family} model, the flags name a {self.adapter.family} one")
-        with torch.device("meta"):
-            expected = self.adapter.config_of(self.build())
-        for key, value in expected.items():
-            if config.get(key) != value and key != "dropout":
-                raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {value}")
+        check_same_network(self.source, path, family, config)
 
     def inputs(self, batch_size: int, seed: int) -> tuple[Tensor, ...]:
         """x, t and, for networks that take one, a context: noise for one evaluation, at timesteps from 0 to T - 1."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.device("meta"):
-            timesteps = self.adapter.num_timesteps(self.build())
-        x = torch.randn((batch_size, *self.shape), generator=generator)
-        t = torch.randint(0, timesteps, (batch_size,), generator=generator)
-        if not self.context:
-            return x, t
-        return x, t, torch.randn((batch_size, *self.context), generator=generator)
+        return inputs(self.source, self.shape, batch_size, seed)
 
 
 def add_named_model_flags(parser: argparse.ArgumentParser, random: bool = True) -> None:
@@ -75,66 +72,15 @@ def named_model(args: argparse.Namespace) -> NamedModel | None:
     """The model that the flags name, None where they name none. Raises ValueError naming what is wrong with them."""
     if args.resume_base is None and args.config is None:
         return None
-    return _latent(args) if args.resume_base is not None or _is_latent(args.config) else _pixel(args)
-
-
-def _is_latent(path: Path) -> bool:
-    """Whether a configuration is one; files that are none are left to the readers to complain about."""
-    try:
-        return "target" in yaml.safe_load(path.read_text(encoding="utf8"))["model"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return False
-
-
-def _pixel(args: argparse.Namespace) -> NamedModel:
-    config = pixel_model.read_config(args)
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
-
-    def build() -> nn.Module:
-        return ddim.pretrained.build_network(config, getattr(args, "seed", 0))
-
-    def load() -> nn.Module:
-        random = getattr(args, "random", False)
-        return build() if random else pixel_model.load_float_model(args, config).network
-
-    return NamedModel(pixel_model.ADAPTER, shape, (), "pixel", build, load)
-
-
-def _latent(args: argparse.Namespace) -> NamedModel:
-    from qdiff.cli.models import latent as latent_model  # with Lightning, which takes seconds
-
-    random = getattr(args, "random", False)
-    checkpoint = None
-    if args.resume_base is not None and not random:
-        checkpoint = ldm.pretrained.find_checkpoint(args.resume_base)
-    config = ldm.pretrained.load_config(args.config or ldm.pretrained.find_config(checkpoint or args.resume_base))
-
-    def load() -> nn.Module:
-        if random:
-            return ldm.pretrained.build_network(config)
-        if checkpoint is None:
-            raise ValueError("no float weights: give -r PATH with the latent model's checkpoint, or --random")
-        return ldm.pretrained.load_model(config, checkpoint).model.diffusion_model
-
-    sides = argparse.Namespace(H=getattr(args, "H", None), W=getattr(args, "W", None))
-    shape = (config.model.params.channels, *latent_model.latent_size(sides, config))
-    prompts = is_conditional(config) and number_of_classes(config) is None
-    family = "text" if prompts else "latent"
-    return NamedModel(
-        latent_model.ADAPTER,
-        shape,
-        _context(config, prompts),
-        family,
-        lambda: ldm.pretrained.build_network(config),
-        load,
-    )
-
-
-def _context(config: DictConfig, prompts: bool) -> tuple[int, ...]:
-    """(tokens, width) of what a latent network is conditioned on, () for none."""
-    width = config.model.params.unet_config.params.get("context_dim")
-    if width is None:
-        return ()
-    stage = config.model.params.get("cond_stage_config")
-    options = (stage.get("params") or {}) if prompts else {}
-    return options.get("max_length", options.get("max_seq_len", TOKENS)) if prompts else 1, width
+    random, seed = getattr(args, "random", False), getattr(args, "seed", 0)
+    sides = getattr(args, "H", None), getattr(args, "W", None)
+    with flags_named(FLAGS):
+        if args.resume_base is not None or is_latent_config(args.config):
+            source = latent_model(args.resume_base, args.config, read=not random, no_weights=NO_LATENT_WEIGHTS)
+            build = source.build
+            shape = source.shape(*sides)
+        else:
+            source = pixel_model(args.config, args.ckpt, pretrained=args.use_pretrained, no_weights=NO_WEIGHTS)
+            build = partial(source.build, seed)
+            shape = source.shape()
+    return NamedModel(source, shape, build, build if random else source.load_network)

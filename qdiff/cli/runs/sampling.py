@@ -17,12 +17,13 @@ from tqdm import tqdm
 from ddim.files import remove_leftovers
 from ddim.schedules import cumulative_alphas
 from qdiff.calibration.resume import differences
-from qdiff.calibration.trajectories import Recorder, Trajectories
+from qdiff.calibration.trajectories import Recorder, Trajectories, concatenate
 from qdiff.cli.commandline import new_folder
 from qdiff.cli.quantize import RECORD_NAME
 from qdiff.deploy.runtime import prepare
 from qdiff.evaluation.runs import CONFIG_NAME
 from qdiff.families import Adapter
+from qdiff.families.source import FloatModel, Sampling, sample
 from qdiff.utils.files import sole_user, write_text
 from qdiff.utils.team import Team
 
@@ -71,13 +72,9 @@ def sample_batches(
 
 
 def record_batches(
-    sample: Sample,
-    steps: int,
-    indices: Sequence[range],
-    conditioning: Callable[[range], dict[str, Tensor]] = lambda batch: {},
-    team: Team = ALONE,
+    model: FloatModel, sampling: Sampling, network: nn.Module, indices: Sequence[range], team: Team = ALONE
 ) -> Iterator[tuple[range, Trajectories]]:
-    """(image indices, float sampling states) of each batch of seeds. conditioning: batch -> its cs and ucs.
+    """(image indices, float sampling states with their conditioning) of each batch of seeds.
 
     team: processes of which each records its part of the batches.
     """
@@ -87,8 +84,20 @@ def record_batches(
         recorders[batch] = Recorder()
         return recorders[batch].add
 
-    for batch, _ in sample_batches(sample, steps, indices, "calibration data", observe, team):
-        yield batch, recorders.pop(batch).trajectories(**conditioning(batch))
+    def states(batch: range, watch: Observer) -> Tensor:
+        return sample(model, sampling, network, batch, watch, FIRST_CALIBRATION_IMAGE)
+
+    for batch, _ in sample_batches(states, sampling.steps, indices, "calibration data", observe, team):
+        yield batch, recorders.pop(batch).trajectories(**model.columns(sampling, batch, FIRST_CALIBRATION_IMAGE))
+
+
+def record(
+    model: FloatModel, sampling: Sampling, network: nn.Module, count: int, batch_size: int, team: Team = ALONE
+) -> Trajectories:
+    """Float sampling states of `count` calibration images, in memory; in that of all processes of a team."""
+    indices = list(batches(FIRST_CALIBRATION_IMAGE, count, batch_size))
+    parts = [part for _, part in record_batches(model, sampling, network, indices, team)]
+    return concatenate(team.gather(parts, len(indices)))
 
 
 def warn_of_start(pipeline: Any) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
 from ddim.files import atomic
 from ddim.images import load_png
-from ldm.pretrained import find_checkpoint, find_config
 from qdiff.cli.commandline import (
     add_quantization_flags,
     add_run_flags,
@@ -28,12 +29,17 @@ from qdiff.cli.commandline import (
     number,
     whole,
 )
-from qdiff.cli.models.conditioning import class_labels, is_conditional, number_of_classes
-from qdiff.cli.models.latent import LatentPlan, downsampling, execute, make_pipeline
-from qdiff.cli.models.latent_config import read_config
+from qdiff.cli.models.any_family import FLAGS
+from qdiff.cli.models.conditioning import class_labels
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
+from qdiff.cli.runs.run import RunPlan, execute
+from qdiff.families.ldm.conditioning import is_conditional, number_of_classes
+from qdiff.families.ldm.source import downsampling
+from qdiff.families.open import latent_model
+from qdiff.families.options import SamplingOptions
 from qdiff.utils.devices import choose_device
+from qdiff.utils.errors import flags_named
 from qdiff.utils.fabric_team import start_team
 
 
@@ -72,13 +78,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def asked_for(args: argparse.Namespace, config: DictConfig) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """(label of every image, labels that calibrate, the label of no class); () for unconditional models."""
+def asked_for(args: argparse.Namespace, config: DictConfig) -> dict[str, Any]:
+    """What the flags ask of a class-conditional model, as fields of `SamplingOptions`; nothing of an unconditional one.
+
+    Raises ValueError naming a flag that the model does not have.
+    """
     if number_of_classes(config) is not None:
-        labels, nothing = class_labels(args, config, args.scale)
-        if args.samples_per_class is not None:
-            return tuple(label for label in labels for _ in range(args.samples_per_class)), tuple(labels), nothing
-        return tuple(labels[i % len(labels)] for i in range(args.n_samples)), tuple(labels), nothing
+        return {"scale": args.scale, **class_labels(args, config)}
     if is_conditional(config):
         raise ValueError(f"-r {args.resume_base}: a text-to-image model, which scripts/txt2img.py samples")
     for flag in ("classes", "samples_per_class", "uncond_class"):
@@ -86,53 +92,54 @@ def asked_for(args: argparse.Namespace, config: DictConfig) -> tuple[tuple[int, 
             raise ValueError(f"--{flag}: the model is not class-conditional")
     if args.scale != 1:
         raise ValueError(f"--scale {args.scale:g}: guidance needs a conditional model")
-    return (), (), -1
+    return {}
 
 
-def make_plan(args: argparse.Namespace) -> LatentPlan:
+def make_plan(args: argparse.Namespace) -> RunPlan:
     """Check the flags and turn them into a plan. Raises ValueError naming the flag at fault."""
-    checkpoint = find_checkpoint(args.resume_base)
-    config = read_config(args.config or find_config(checkpoint), args.overrides)
-    size = config.model.params.image_size
+    source = latent_model(args.resume_base, args.config, args.overrides)
     sampler = "ddpm" if args.vanilla_sample else "dpm_solver" if args.dpm else "ddim"
     eta = args.eta if sampler == "ddim" else 0.0
-    options = {"steps": args.custom_steps, "eta": eta, "scale": args.scale, "seed": args.seed}
-    flag = f"--custom_steps {args.custom_steps}"
-    pipeline = make_pipeline(config, (size, size), flag, sampler=sampler, **options)
-    entries, calibration_entries, nothing = asked_for(args, config)
-    quantization, device = plan_quantization(args, len(pipeline.timesteps()), flag), choose_device(args.device)
+    with flags_named(FLAGS | {"steps": "--custom_steps"}):
+        asked = asked_for(args, source.config)
+        options = SamplingOptions(steps=args.custom_steps, sampler=sampler, eta=eta, seed=args.seed, **asked)
+        calibrating = source.sampling(options)
+    labels = calibrating.entries
+    if labels and args.samples_per_class is not None:
+        entries = tuple(label for label in labels for _ in range(args.samples_per_class))
+    else:
+        entries = tuple(labels[i % len(labels)] for i in range(args.n_samples)) if labels else ()
+    quantization = plan_quantization(args, calibrating.steps, f"--custom_steps {args.custom_steps}")
+    device = choose_device(args.device)
     check_runtime_flags(args, device)
-    pixels = size * downsampling(config)
+    pixels = calibrating.pipeline.shape[1] * downsampling(source.config)
     check_kept_flags(args, (3, pixels, pixels))
-    return LatentPlan(
+    return RunPlan(
         args,
-        config,
-        checkpoint,
-        pipeline,
+        source,
+        replace(calibrating, entries=entries),
+        calibrating,
         device,
         quantization,
         Path("outputs/ldm" if args.logdir == "none" else args.logdir) / "samples",
         images=len(entries) or args.n_samples,
         batch_size=args.batch_size,
         picture="img/sample_{:06d}.png",
-        entries=entries,
-        calibration_entries=calibration_entries,
-        nothing=nothing,
     )
 
 
-def npz_shape(plan: LatentPlan) -> tuple[int, int, int, int]:
+def npz_shape(plan: RunPlan) -> tuple[int, int, int, int]:
     """(N, H, W, C) of all images as one array."""
-    size = plan.pipeline.shape[1] * downsampling(plan.config)
+    size = plan.pipeline.shape[1] * downsampling(plan.source.config)
     return plan.images, size, size, 3
 
 
-def npz_path(plan: LatentPlan, folder: Path) -> Path:
+def npz_path(plan: RunPlan, folder: Path) -> Path:
     """Where that array lies in the run's folder."""
     return folder / "numpy" / f"{'x'.join(map(str, npz_shape(plan)))}-samples.npz"
 
 
-def write_npz(plan: LatentPlan, folder: Path) -> Path:
+def write_npz(plan: RunPlan, folder: Path) -> Path:
     """All images as one array of uint8, read back from their files so that memory stays small."""
     shape, path = npz_shape(plan), npz_path(plan, folder)
     entry = zipfile.ZipInfo("arr_0.npy")  # dated 1980, so that the same images give the same bytes

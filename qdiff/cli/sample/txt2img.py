@@ -11,11 +11,10 @@ import argparse
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from ddim.images import load_png, save_png
 from ldm.pretrained import find_checkpoint
@@ -29,11 +28,16 @@ from qdiff.cli.commandline import (
     number,
     whole,
 )
-from qdiff.cli.models.conditioning import check_prompt, is_conditional, number_of_classes, read_prompts
-from qdiff.cli.models.latent import LatentPlan, execute, latent_size, make_pipeline
-from qdiff.cli.models.latent_config import read_config
+from qdiff.cli.models.any_family import FLAGS
+from qdiff.cli.models.conditioning import read_prompts
 from qdiff.cli.quantize import plan_quantization
+from qdiff.cli.runs.run import RunPlan, execute
+from qdiff.families.ldm.conditioning import check_prompt
+from qdiff.families.ldm.source import LatentSource, downsampling
+from qdiff.families.open import latent_model
+from qdiff.families.options import SamplingOptions
 from qdiff.utils.devices import choose_device
+from qdiff.utils.errors import flags_named
 from qdiff.utils.fabric_team import start_team
 
 CONFIG = Path("configs/stable-diffusion/v1-inference.yaml")
@@ -107,45 +111,55 @@ def check_args(args: argparse.Namespace) -> None:
         args.outdir = LAION_OUTDIR if args.outdir == OUTDIR else args.outdir
 
 
-def read_model(args: argparse.Namespace) -> tuple[DictConfig, Path]:
-    """(configuration, checkpoint) that the flags name. Raises ValueError for a model that takes no prompts."""
-    checkpoint = find_checkpoint(args.ckpt)
-    beside = checkpoint.with_name("config.yaml")
+def read_model(args: argparse.Namespace) -> LatentSource:
+    """The model that the flags name. Raises ValueError for one that takes no prompts, or has other --C or --f."""
+    beside = find_checkpoint(args.ckpt).with_name("config.yaml")
     path = args.config or (beside if beside.is_file() else CONFIG)
-    config = read_config(path)
-    if not is_conditional(config) or number_of_classes(config) is not None:
+    source = latent_model(args.ckpt, path)
+    if source.kind != "text":
         raise ValueError(f"{path}: expected a text-to-image model; scripts/sample_diffusion_ldm.py samples this one")
+    for flag, own in (("C", source.config.model.params.channels), ("f", downsampling(source.config))):
+        given = getattr(args, flag)
+        if given not in (None, own):
+            raise ValueError(f"--{flag} {given}: the model has {own}")
     if args.no_grad_ckpt:
-        config.model.params.unet_config.params.use_checkpoint = False
-    return config, checkpoint
+        source.config.model.params.unet_config.params.use_checkpoint = False
+    return source
 
 
-def make_plan(args: argparse.Namespace) -> LatentPlan:
+def make_plan(args: argparse.Namespace) -> RunPlan:
     """Check the flags and turn them into a plan. Raises ValueError naming the flag at fault."""
     check_args(args)
-    config, checkpoint = read_model(args)
+    source = read_model(args)
     sampler = "plms" if args.plms else "dpm_solver" if args.dpm else "ddim"
-    eta = args.ddim_eta if sampler == "ddim" else 0.0
-    options = {"steps": args.ddim_steps, "eta": eta, "scale": args.scale, "seed": args.seed}
-    flag = f"--ddim_steps {args.ddim_steps}"
-    pipeline = make_pipeline(config, latent_size(args, config), flag, sampler=sampler, **options)
     prompts = [args.prompt] * args.n_samples if args.from_file is None else read_prompts(args.from_file, "--from-file")
     calibrating = prompts if args.cali_prompts is None else read_prompts(args.cali_prompts, "--cali_prompts")
-    quantization, device = plan_quantization(args, len(pipeline.timesteps()), flag), choose_device(args.device)
+    options = SamplingOptions(
+        steps=args.ddim_steps,
+        sampler=sampler,
+        eta=args.ddim_eta if sampler == "ddim" else 0.0,
+        scale=args.scale,
+        seed=args.seed,
+        height=args.H,
+        width=args.W,
+        prompts=tuple(calibrating),
+    )
+    with flags_named(FLAGS | {"steps": "--ddim_steps"}):
+        sampling = source.sampling(options)
+    quantization = plan_quantization(args, sampling.steps, f"--ddim_steps {args.ddim_steps}")
+    device = choose_device(args.device)
     check_runtime_flags(args, device)
-    return LatentPlan(
+    return RunPlan(
         args,
-        config,
-        checkpoint,
-        pipeline,
+        source,
+        replace(sampling, entries=tuple(prompts * args.n_iter)),
+        sampling,
         device,
         quantization,
         args.outdir,
         images=args.n_iter * len(prompts),
         batch_size=args.n_samples,
         picture="samples/{:05d}.png",
-        entries=tuple(prompts * args.n_iter),
-        calibration_entries=tuple(calibrating),
         fixed_code=args.fixed_code,
         autocast=args.precision == "autocast",
     )
@@ -155,7 +169,7 @@ def make_plan(args: argparse.Namespace) -> LatentPlan:
 class Grids:
     """Grids of a run's images in their order."""
 
-    plan: LatentPlan
+    plan: RunPlan
     columns: int
 
     def paths(self, folder: Path) -> list[Path]:

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from running import call, passed
 
-from qdiff.cli.models.latent import downsampling
-from qdiff.cli.models.latent_config import read_config
 from qdiff.cli.sample import ddim as sample_diffusion_ddim
 from qdiff.cli.sample import ldm as sample_diffusion_ldm
 from qdiff.cli.sample import txt2img
+from qdiff.families.ldm.config import read_config
+from qdiff.families.ldm.source import downsampling
 
 SCRIPTS = {
     "make_calibration_data": (),

@@ -10,8 +10,8 @@ from latents import LDM, TXT2IMG, images, sample_ldm, txt2img
 from running import ENVIRONMENT, call, command, passed, tree
 
 import qdiff.cli.quantize
-from qdiff.cli.models import latent as latent_model
 from qdiff.cli.runs import outputs as kept
+from qdiff.cli.runs import run as latent_model
 from qdiff.cli.sample import ldm as sample_diffusion_ldm
 
 W4A8 = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 8, "--split")

@@ -11,7 +11,7 @@ from running import call, only_run, passed, pictures, refused, tree
 from torch import nn
 
 from qdiff.cli.commandline import check_runtime_flags
-from qdiff.cli.models import latent as latent_model
+from qdiff.cli.runs import run as latent_model
 from qdiff.deploy.runtime import RUNTIMES
 from qdiff.evaluation.similarity import pooled_psnr_db
 from qdiff.nn.layers import quant_layers

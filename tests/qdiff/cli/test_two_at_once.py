@@ -4,7 +4,7 @@ import pytest
 from latents import LDM
 from running import call, passed, refused
 
-from qdiff.cli.models import latent as latent_model
+from qdiff.cli.runs import run as latent_model
 from qdiff.cli.sample import ddim as sample_diffusion_ddim
 from qdiff.utils.files import sole_user
 

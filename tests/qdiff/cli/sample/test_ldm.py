@@ -12,7 +12,6 @@ from running import call, only_run, passed, refused, tree
 
 from qdiff.calibration.trajectories import concatenate
 from qdiff.checkpoints.native import load_checkpoint
-from qdiff.cli.models import latent as latent_model
 from qdiff.nn.layers import quant_layers
 
 SAMPLE = "sample_diffusion_ldm"
@@ -251,7 +250,7 @@ def test_guided_classes_calibrate_on_both_halves(latent, tmp_path, monkeypatch):
         seen.append(concatenate(parts))
         return seen[0]
 
-    monkeypatch.setattr(latent_model, "concatenate", record)
+    monkeypatch.setattr("qdiff.cli.runs.sampling.concatenate", record)
     sample_ldm(latent.cin, tmp_path / "out", *W4A8, *NEAREST, "--scale", 2, "--classes", "1", "3")
     rows, (found,) = latent.cin.state["cond_stage_model.embedding.weight"], seen
     assert torch.equal(found.extra["cs"][0][:, 0], rows[[1, 3, 1]])

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.pretrained import load_config
 from ldm.schedules import betas_of
-from qdiff.cli.models.conditioning import UNCONDITIONAL
+from qdiff.families.ldm.conditioning import UNCONDITIONAL
 
 IS_FIRST_STAGE = "__is_first_stage__"  # which then encodes images that condition
 PARTS = {
