@@ -106,8 +106,8 @@ def warn_of_start(pipeline: Any) -> None:
     pipeline: of `ddim.pipeline` or `ldm.pipeline`.
     """
     first = int(pipeline.timesteps()[0])
-    signal = cumulative_alphas(pipeline.betas)[first].item()
-    if signal > 0.5:  # of the variance; sampling starts from noise alone
+    signal = cumulative_alphas(pipeline.betas)[first].item()  # of the variance; sampling starts from noise alone
+    if signal > 0.5 and first < len(pipeline.betas) - 1:  # more steps would start at a noisier one
         wanted = f"where the network takes images with {100 * (1 - signal):.2g} % of noise"
         logger.warning("sampling starts from noise at timestep %d, %s: expect noise, or take more steps", first, wanted)
 
