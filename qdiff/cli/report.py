@@ -7,11 +7,8 @@ one is for folders of before, and for those that have changed.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import yaml
 
 from qdiff.cli.commandline import make_parser
 from qdiff.cli.compare.page import RUN_LOG, SENSITIVITY_NAME, write_page
@@ -20,6 +17,7 @@ from qdiff.cli.quantize import CHECKPOINT_NAME
 from qdiff.cli.quantize import write_report as write_calibration
 from qdiff.evaluation.report import REPORT_NAME, write
 from qdiff.evaluation.report_sensitivity import sensitivity_report
+from qdiff.utils.files import read_json
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,14 +36,14 @@ def write_report(folder: Path) -> None:
         raise ValueError(f"{folder}: expected one of {', '.join(WRITERS)}, found none of them")
     try:
         WRITERS[names[0]](folder)
-    except (yaml.YAMLError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         reason = f"not what a script has written: {type(error).__name__}: {error}"
         raise ValueError(f"{folder / names[0]}, or a file beside it: {reason}") from error
 
 
 def write_sensitivity(folder: Path) -> None:
     """The report of a measurement of sensitivity."""
-    found = json.loads((folder / SENSITIVITY_NAME).read_text(encoding="utf8"))
+    found = read_json(folder / SENSITIVITY_NAME)
     write(sensitivity_report(found, folder / RUN_LOG), folder / REPORT_NAME)
 
 

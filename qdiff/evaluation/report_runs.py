@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import statistics
@@ -18,6 +17,7 @@ from qdiff.checkpoints.native import read_about
 from qdiff.evaluation.report import Chart, Charts, Code, Command, Facts, Folded, Report, Section, Table, Text
 from qdiff.evaluation.report_charts import Bar, Line, line_chart, spans, sparkline
 from qdiff.evaluation.report_layers import layer_charts, layer_rows, layer_table
+from qdiff.utils.files import parse_json
 
 MIB = 2**20
 WINDOWS = 20  # over which a unit's losses are averaged
@@ -90,8 +90,8 @@ def read_units(path: Path) -> list[dict[str, Any]]:
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else ():
         try:
-            unit = json.loads(line)
-        except json.JSONDecodeError:
+            unit = parse_json(line)
+        except ValueError:
             continue
         before, after = unit["error_before"], unit["error_after"]
         more = {

@@ -90,6 +90,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("JSON nested too deep") from None
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises FileNotFoundError, or ValueError naming a file that is something else."""
+    try:
+        return parse_json(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Without merge keys, by which a few lines ask for any number of entries."""
 

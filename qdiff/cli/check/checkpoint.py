@@ -5,7 +5,6 @@ A case is a folder with case.json, fp.safetensors, qdiff_wa.pth and io.safetenso
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from qdiff.checkpoints.qdiffusion import load_published, published_recipe
 from qdiff.cli.commandline import make_parser, number
 from qdiff.families import ADAPTERS, Adapter, adapter_for
 from qdiff.nn.layers import to_double
+from qdiff.utils.files import parse_json
 
 CASE_FIELDS = {
     "model": str,
@@ -45,8 +45,8 @@ def read_case(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such case description")
     try:
-        case = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+        case = parse_json(path.read_text(encoding="utf8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(case, dict):
         raise ValueError(f"{path}: expected an object with {', '.join(CASE_FIELDS)}, found {case!r:.80}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 from torch import Tensor
 
@@ -44,6 +42,7 @@ from qdiff.evaluation.report_runs import (
     unit_summary,
 )
 from qdiff.evaluation.report_sensitivity import sensitivity_section
+from qdiff.utils.files import parse_yaml, read_json
 
 IMAGES_NAME, SENSITIVITY_NAME, RUN_LOG = "images.safetensors", "sensitivity.json", "run.log"
 IMAGES = 16  # of each entry, at most
@@ -91,13 +90,16 @@ def write_page(folder: Path, slugs: Sequence[str] | None = None) -> None:
 
 def comparison_page(folder: Path, slugs: Sequence[str] | None = None) -> Report:
     """The report of a comparison's folder; arguments and errors as of `write_page`."""
-    plan = yaml.safe_load((folder / PLAN_NAME).read_text(encoding="utf8"))
-    found = json.loads((folder / FLOAT / RESULT_NAME).read_text(encoding="utf8"))
+    try:
+        plan = parse_yaml((folder / PLAN_NAME).read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN_NAME}: not what a script has written: {error}") from error
+    found = read_json(folder / FLOAT / RESULT_NAME)
     done = []
     for slug in plan["runs"] if slugs is None else slugs:
         path = folder / slug / RESULT_NAME
         if path.is_file():
-            row = json.loads(path.read_text(encoding="utf8"))["row"]
+            row = read_json(path)["row"]
             done.append(Done(slug, row, plan["runs"][slug]))
     log = RunLog.read(folder / RUN_LOG)
     best = max(done, key=lambda entry: _psnr(entry.row), default=None)
@@ -139,7 +141,7 @@ def _headline(reference: dict[str, Any], done: Sequence[Done], best: Done | None
 
 def _command(folder: Path, plan: dict[str, Any], found: dict[str, Any], log: RunLog | None) -> Section:
     results = [folder / slug / RESULT_NAME for slug in (FLOAT, *plan["runs"])]
-    seconds = sum(json.loads(path.read_text(encoding="utf8"))["seconds"] for path in results if path.is_file())
+    seconds = sum(read_json(path)["seconds"] for path in results if path.is_file())
     facts = [
         ("model family", plan["family"]),
         ("SHA-256 of the weights", short(plan["source_sha256"])),
@@ -236,4 +238,4 @@ def _remembered(path: Path, changed: int) -> list[dict[str, Any]]:
 
 def _sensitivity(folder: Path) -> list[Section]:
     path = folder / SENSITIVITY_NAME
-    return [sensitivity_section(json.loads(path.read_text(encoding="utf8")))] if path.is_file() else []
+    return [sensitivity_section(read_json(path))] if path.is_file() else []

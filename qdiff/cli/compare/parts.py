@@ -32,7 +32,7 @@ from qdiff.cli.quantize import rollouts_of
 from qdiff.evaluation.cost import float_bytes, stored_bytes
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.utils.devices import describe_device
-from qdiff.utils.files import save_safetensors, write_text
+from qdiff.utils.files import read_json, save_safetensors, write_text
 from qdiff.utils.team import Team
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Effort(CalibrationLog):
 
 
 def _effort(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "peak_memory_bytes": {}}
+    return read_json(file) if file.is_file() else {"seconds": 0.0, "peak_memory_bytes": {}}
 
 
 def read_effort(comparison: Comparison, slug: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.overrides import FLAG, apply_overrides
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import Rollout
-from qdiff.utils.files import write_text
+from qdiff.utils.files import parse_yaml, read_json, write_text
 
 FLOAT, PLAN_NAME, RESULT_NAME = "float", "comparison.yaml", "result.json"
 DEFAULT_METHODS = ["nearest", "gptq", "quick"]
@@ -203,7 +203,7 @@ class Comparison:
             return None
         if slug == FLOAT and not all(self.shard(i).exists() for i in range(len(self.state_batches(self.seeds)))):
             return None
-        return json.loads(path.read_text(encoding="utf8"))
+        return read_json(path)
 
     def plan(self) -> dict[str, Any]:
         """All that determines the results, as plain data."""
@@ -271,8 +271,8 @@ def _digest(entries: Sequence[str | int]) -> dict[str, Any] | None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = parse_yaml(path.read_text(encoding="utf8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable plan: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
         raise ValueError(f"{path}: expected the plan of a comparison, found something else")

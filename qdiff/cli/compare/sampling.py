@@ -18,7 +18,7 @@ from ddim.samplers import Call, run
 from qdiff.cli.compare.plan import FLOAT, Comparison
 from qdiff.cli.models.any_family import LoadedModel
 from qdiff.cli.runs.sampling import sample_batches
-from qdiff.utils.files import save_safetensors
+from qdiff.utils.files import parse_json, save_safetensors
 from qdiff.utils.team import Team
 
 
@@ -130,7 +130,7 @@ def write_batch(path: Path, tensors: dict[str, Tensor], **notes: Any) -> None:
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a batch's file."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["qdiff"])
+        return parse_json(file.metadata()["qdiff"])
 
 
 def read_tensor(path: Path, name: str, count: int | None = None) -> Tensor:

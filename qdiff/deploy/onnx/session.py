@@ -10,7 +10,6 @@ number of threads run as one, on all threads.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from qdiff.families import Adapter
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import StepGroups
+from qdiff.utils.files import parse_json
 
 KEPT_BYTES = 2**26  # of a model's constants; more is mapped from a file
 PIECE_BYTES = 2**22  # of the widest layer's output: more costs more in caches than it saves in calls
@@ -229,7 +229,12 @@ def _read_about(session: Any, model: str | Path | bytes) -> dict[str, Any]:
     about = session.get_modelmeta().custom_metadata_map.get("qdiff")
     if about is None:
         raise ValueError(f"{name}: expected a model of qdiff's ONNX export, found one without its metadata")
-    about = json.loads(about)
+    try:
+        about = parse_json(about)
+    except ValueError as error:
+        raise ValueError(f"{name}: its metadata cannot be read: {error}") from error
+    if missing := [key for key in ("dialect", "steps") if not isinstance(about, dict) or key not in about]:
+        raise ValueError(f"{name}: expected metadata of qdiff's ONNX export, found none of its {missing[0]}")
     if about["dialect"] == "runtime":
         about.setdefault("weights", "int8")  # files of version 0.1 do not say it
     return about

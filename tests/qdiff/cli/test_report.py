@@ -123,7 +123,7 @@ def test_bad_input(tmp_path, calibrated):
     refused(call("report", tmp_path), "ckpt.safetensors: not a readable checkpoint")
     (tmp_path / "ckpt.safetensors").unlink()
     (tmp_path / "comparison.yaml").write_text("runs: [")
-    refused(call("report", tmp_path), "comparison.yaml, or a file beside it: not what a script has written")
+    refused(call("report", tmp_path), "comparison.yaml: not what a script has written")
     (tmp_path / "comparison.yaml").unlink()
     (tmp_path / "sensitivity.json").write_text("{}")
     refused(call("report", tmp_path), "sensitivity.json, or a file beside it: not what a script has written")
