@@ -35,7 +35,7 @@ from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute
 from qdiff.families.ldm.conditioning import is_conditional, number_of_classes
-from qdiff.families.ldm.source import downsampling
+from qdiff.families.ldm.source import colours, downsampling
 from qdiff.families.open import latent_model
 from qdiff.families.options import SamplingOptions
 from qdiff.utils.devices import choose_device
@@ -113,7 +113,7 @@ def make_plan(args: argparse.Namespace) -> RunPlan:
     device = choose_device(args.device)
     check_runtime_flags(args, device)
     pixels = calibrating.pipeline.shape[1] * downsampling(source.config)
-    check_kept_flags(args, (3, pixels, pixels))
+    check_kept_flags(args, (colours(source.config), pixels, pixels))
     return RunPlan(
         args,
         source,
@@ -131,7 +131,7 @@ def make_plan(args: argparse.Namespace) -> RunPlan:
 def npz_shape(plan: RunPlan) -> tuple[int, int, int, int]:
     """(N, H, W, C) of all images as one array."""
     size = plan.pipeline.shape[1] * downsampling(plan.source.config)
-    return plan.images, size, size, 3
+    return plan.images, size, size, colours(plan.source.config)
 
 
 def npz_path(plan: RunPlan, folder: Path) -> Path:

@@ -34,6 +34,12 @@ def downsampling(config: DictConfig) -> int:
     return 2 ** (len(params["ddconfig"]["ch_mult"]) - 1) if "ddconfig" in params else 1
 
 
+def colours(config: DictConfig) -> int:
+    """Channels of the images."""
+    params = config.model.params.first_stage_config.get("params") or {}
+    return params["ddconfig"]["out_ch"] if "ddconfig" in params else config.model.params.channels
+
+
 def latent_shape(config: DictConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
     """(C, h, w) of the latents of images of that size in pixels. Raises FieldError where the model has no such size."""
     params, factor = config.model.params, downsampling(config)

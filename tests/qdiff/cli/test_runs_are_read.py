@@ -1,9 +1,12 @@
 """What the sampling scripts write is what evaluate.py and the others read."""
 
+import copy
+
 import pytest
+import torch
 import yaml
 from judging import evaluate
-from latents import images, txt2img
+from latents import CONFIGS, images, sample_ldm, txt2img, write_model
 from running import call, passed, refused
 
 from qdiff.evaluation.images import open_images
@@ -38,6 +41,18 @@ def test_a_long_prompt_comes_back(latent, tmp_path):
     result = call("txt2img", "--ckpt", latent.sd.ckpt, *flags, "--prompt", STRANGE[-1], "--outdir", "out")
     (run,) = (tmp_path / "out").iterdir()
     assert result.code == 0 and read_run_prompts(run) == (STRANGE[-1],)
+
+
+def test_the_array_of_grey_images(tmp_path, monkeypatch):
+    """Which has as many channels as they have."""
+    grey = copy.deepcopy(CONFIGS["ldm"])
+    grey["model"]["params"]["first_stage_config"]["params"]["ddconfig"] |= {"in_channels": 1, "out_ch": 1}
+    monkeypatch.setitem(CONFIGS, "grey", grey)
+    run = sample_ldm(write_model(tmp_path / "grey", "grey"), tmp_path / "out")
+    (array,) = (run / "numpy").iterdir()
+    one, other = open_images(run), open_images(array)
+    assert array.name == "3x16x16x1-samples.npz" and one.shape == other.shape == (3, 16, 16)
+    assert torch.equal(torch.cat(list(one.batches(9))), torch.cat(list(other.batches(9))))
 
 
 def test_the_plot_of_a_calibration_is_no_image(calibrated):
