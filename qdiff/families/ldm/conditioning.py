@@ -88,7 +88,7 @@ def label_of_nothing(given: int | None, classes: int, scale: float) -> int:
     if not -1 <= nothing < classes:
         raise FieldError("no_label", f" {nothing}: expected a label up to {classes - 1}, or -1")
     if nothing == -1 and scale != 1:
-        raise FieldError("scale", f" {scale:g}: guidance needs a label of no class, and there is none (-1)")
+        raise FieldError("scale", f" {scale:g}: guidance needs a label of no class, but {{}} is -1", "no_label")
     return nothing
 
 

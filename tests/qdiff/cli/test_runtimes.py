@@ -101,7 +101,7 @@ def test_a_latent_run_holds_no_float_network(latent, latent_runs, tmp_path, monk
     write_images = latent_model.write_images
 
     def watched(plan, model, network, *others):
-        seen.extend([model.model.diffusion_model, network])
+        seen.extend([model.network, network])
         write_images(plan, model, network, *others)
 
     monkeypatch.setattr(latent_model, "write_images", watched)

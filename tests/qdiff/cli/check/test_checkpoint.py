@@ -111,9 +111,12 @@ def test_in_a_process_of_its_own(case):
 
 
 def test_undefined_outputs_fail(case):
-    perturb(case / "fp.safetensors", "conv_in.bias", lambda tensor: tensor * float("nan"))
+    """Nor is a case of weights that are not finite one."""
+    perturb(case / "io.safetensors", "eps_fp", lambda tensor: tensor * float("nan"))
     result = call(CHECK, "--case", case)
     assert result.code == 1 and verdicts(result)["eps_fp"] == "too large"
+    perturb(case / "fp.safetensors", "conv_in.bias", lambda tensor: tensor * float("nan"))
+    refused(call(CHECK, "--case", case), "fp.safetensors: conv_in.bias", "finite")
 
 
 def test_the_tolerance(case):
