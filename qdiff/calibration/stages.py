@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.ranges import grid_from_range, make_finder
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import (
+    STAGES,
     ActivationRanges,
     Compensate,
     CorrectBias,
@@ -263,3 +266,18 @@ STAGE_HANDLERS: dict[type[Stage], Callable[[Calibration, Stage, int], None]] = {
     Finetune: finetune,
     Rollout: learn_rollouts,
 }
+
+
+def register_stage(name: str, stage: type, handler: Callable[[Calibration, Any, int], None]) -> None:
+    """Add a stage to the language of recipes.
+
+    name: what recipes call it, in files too. stage: a frozen dataclass whose fields are what a recipe says about it,
+    plain values with defaults. handler: carries it out, called as handler(calibration, stage, number), where number is
+    its place in the recipe; what it changes of the quantized network is the result. Raises ValueError for a name that
+    another stage has.
+    """
+    if STAGES.get(name, stage) is not stage:
+        raise ValueError(f"stage {name!r}: there is one of that name, {STAGES[name].__name__}")
+    if not dataclasses.is_dataclass(stage):
+        raise ValueError(f"stage {name!r}: expected a dataclass, found {stage!r}")
+    STAGES[name], STAGE_HANDLERS[stage] = stage, handler

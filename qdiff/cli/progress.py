@@ -12,29 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ddim.files import atomic
-from qdiff.calibration.context import Progress, UnitReport
+from qdiff.api.progress import BarProgress
+from qdiff.calibration.context import UnitReport
 
 LOG_NAME, PLOT_NAME = "calibration.jsonl", "calibration_loss.png"
-
-
-class BarProgress(Progress):
-    """A progress bar on the terminal with an estimate of what is left."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def start(self, title: str, total: int) -> None:
-        self._bar = tqdm(total=total, desc=title, dynamic_ncols=True)
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(amount)
-
-    def finish(self) -> None:
-        self._bar.close()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

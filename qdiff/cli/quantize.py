@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.calibrate import Calibration, RunOptions, calibrate, check_weights
-from qdiff.calibration.rollout import Path as SamplerPath
+from qdiff.api.quantize import CalibrationSettings, MakePath, calibrate_network, needs_rollouts
+from qdiff.calibration.calibrate import Calibration, check_weights
 from qdiff.calibration.rollout import Rollouts
-from qdiff.calibration.selectors import check_selection, select
+from qdiff.calibration.selectors import check_selection
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, check_times, load_trajectories, save_shard
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
@@ -39,12 +39,11 @@ from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers, softmax_spec
 from qdiff.recipes.layer_names import matching
 from qdiff.recipes.recipe import Recipe
-from qdiff.recipes.stages import Finetune, Rollout
-from qdiff.utils.devices import describe_device, tensor_float32
+from qdiff.recipes.stages import Finetune
+from qdiff.utils.devices import describe_device
 from qdiff.utils.team import Team
 
 logger = logging.getLogger(__name__)
-MakePath = Callable[[], SamplerPath]
 CHECKPOINT_NAME = "ckpt.safetensors"  # in a run's folder; written last, so that it means a finished calibration
 RECORD_NAME, STATES_NAME = "calibration", "states.safetensors"  # of an unfinished one
 # Flags without effect on the float model, so that a forgotten --ptq does not go unnoticed.
@@ -225,30 +224,18 @@ def calibrate_and_write(
         return load_checkpoint(finished).network
     trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.seeds, unfinished, team)
     provenance = {"seed": args.seed, **provenance}
-    data = select(trajectories, plan.recipe, float_network, adapter, args.seed)
     device = next(float_network.parameters()).device
-    options = RunOptions(
-        memory=args.max_memory or MemoryLimits(),
+    settings = CalibrationSettings(
+        seed=args.seed,
+        folder=unfinished,
+        max_memory=args.max_memory or MemoryLimits(),
         scratch=args.scratch or folder,
-        record=unfinished,
-        plan=provenance
-        | {
-            "recipe": plan.recipe.to_dict(),
-            "states": data.digest(),
-            "weights": str(args.cali_ckpt),
-            "products": args.calibration_products,
-        },
+        matmul_precision=args.calibration_products,
+        progress=CalibrationLog(folder, device, args.tensorboard) if team.leads else None,
         team=team,
-        products="bfloat16" if args.calibration_products == "bfloat16" else "float32",
+        provenance=provenance | {"weights": str(args.cali_ckpt)},
     )
-    with tensor_float32(args.calibration_products == "tf32"):
-        run = calibrate(
-            *(float_network, adapter, plan.recipe, data, args.seed, trajectories.timesteps),
-            CalibrationLog(folder, device, args.tensorboard) if team.leads else None,
-            weights_from=inputs.loaded,
-            options=options,
-            rollouts=rollouts_of(plan.recipe, trajectories, path),
-        )
+    run = calibrate_network(float_network, adapter, plan.recipe, trajectories, settings, path, inputs.loaded)
     logger.info("device: %s", describe_device(run.network))
     logger.info("states took at most %s bytes", run.store.peak)
     logger.info("peak memory: %s bytes", peak_memory(device))
@@ -264,19 +251,6 @@ def calibrate_and_write(
 def write_report(folder: Path) -> None:
     """Write report.html of a calibration into its folder, from the files that lie there."""
     write(calibration_report(folder / CHECKPOINT_NAME, folder / LOG_NAME, folder / "run.log"), folder / REPORT_NAME)
-
-
-def rollouts_of(recipe: Recipe, trajectories: Trajectories, path: MakePath | None) -> Rollouts | None:
-    """What stages over groups of denoising steps learn from; None for recipes without.
-
-    Raises ValueError where the states are of another sampler, or the sampler is not linear in the predictions.
-    """
-    return Rollouts(trajectories, path()) if needs_rollouts(recipe) and path is not None else None
-
-
-def needs_rollouts(recipe: Recipe) -> bool:
-    """Whether a stage learns over groups of denoising steps."""
-    return any(isinstance(stage, Rollout) for stage in recipe.stages)
 
 
 def warn_of_other_sampler(network: nn.Module, timesteps: Tensor) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from qdiff.api.models import unfinished_shards
+from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.trajectories import (
     load_trajectories,
     original_layout,
     save_shard,
     shard_path,
-    shard_provenance,
 )
 from qdiff.cli.commandline import (
     add_run_flags,
@@ -32,7 +33,7 @@ from qdiff.cli.commandline import (
     whole,
 )
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, add_model_flags, choose_model
-from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches, warn_of_start
+from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.utils.devices import choose_device
 from qdiff.utils.fabric_team import start_team
 from qdiff.utils.files import save_pickle, sole_user
@@ -89,7 +90,7 @@ def record(
 ) -> None:
     """Write the shards that are missing in `folder`; one file of them all where --out asks for it."""
     one_file = folder != args.out
-    todo = team.broadcast(unfinished(folder, provenance, indices) if team.leads else None)
+    todo = team.broadcast(unfinished_shards(folder, provenance, indices) if team.leads else None)
     start_log(folder, args.verbose, team.rank)
     warn_of_start(model.pipeline)
     for batch, part in loaded.record(list(todo), team):
@@ -102,23 +103,3 @@ def record(
         save_pickle(original_layout(load_trajectories(folder)), args.out)
         shutil.rmtree(folder)
     print(f"{args.out}: {args.n_samples} samples of {model.steps} steps")
-
-
-def unfinished(folder: Path, provenance: dict, indices: list[range]) -> dict[range, int]:
-    """The batches that have no shard yet, with their shard number.
-
-    Raises ValueError naming a shard that was made with other settings, and the first that differs.
-    """
-    todo = {}
-    for position, batch in enumerate(indices):
-        path = shard_path(folder, position)
-        if not path.exists():
-            todo[batch] = position
-            continue
-        found = shard_provenance(path)
-        for key, value in provenance.items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"{path}: made with {key} {found.get(key)!r}, this run has {value!r}; choose another --out"
-                )
-    return todo

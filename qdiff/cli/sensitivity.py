@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import concatenate
 from qdiff.cli.commandline import add_run_flags, make_parser, number, print_plan, start_log, whole
 from qdiff.cli.models.any_family import ChosenModel, add_model_flags, choose_model
-from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches, warn_of_start
+from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map
 from qdiff.evaluation.report import REPORT_NAME, write

@@ -24,6 +24,7 @@ class Adapter(Protocol):
     """The one place that knows both a model family and quantization. Stateless: everything is asked of a network."""
 
     family: str
+    network_class: type[nn.Module]
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         """A float network with random weights, in eval mode, from what `config_of` gave."""

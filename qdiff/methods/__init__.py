@@ -27,6 +27,13 @@ def make_recipe(method: str, options: MethodOptions) -> Recipe:
     return METHODS[method](options)
 
 
+def register_method(name: str, method: Callable[[MethodOptions], Recipe]) -> None:
+    """Add a method: a function from options to a recipe. Raises ValueError for a name that another method has."""
+    if METHODS.get(name, method) is not method:
+        raise ValueError(f"method {name!r}: there is one of that name")
+    METHODS[name] = method
+
+
 def for_given_weights(recipe: Recipe) -> Recipe:
     """The recipe without what finds or learns weights: for weights that come from a checkpoint (--resume_w)."""
     stages = []
@@ -59,4 +66,4 @@ def require_stages(recipe: Recipe) -> None:
                 raise ValueError(f"stages[{i}]: expected {names[kind]} before {names[kinds[i]]}")
 
 
-__all__ = ["METHODS", "MethodOptions", "for_given_weights", "make_recipe", "require_stages"]
+__all__ = ["METHODS", "MethodOptions", "for_given_weights", "make_recipe", "register_method", "require_stages"]

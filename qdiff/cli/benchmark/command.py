@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qdiff.api.sampling import record
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import select
 from qdiff.cli.benchmark.calibration import (
@@ -32,7 +33,6 @@ from qdiff.cli.benchmark.run import RUN_COLUMNS, add_run_command, benchmark_runs
 from qdiff.cli.benchmark.timing import in_turn
 from qdiff.cli.commandline import add_run_flags, make_parser, print_plan, whole
 from qdiff.cli.models.pixel import add_model_flags, chosen_pixel_model
-from qdiff.cli.runs.sampling import record
 from qdiff.evaluation.table import markdown_table
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.utils.devices import choose_device

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qdiff.api.sampling import record
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.rollout import FloatRuns, GroupRollout, Predictor, Rollouts, groups_of
 from qdiff.calibration.selectors import select
@@ -17,7 +18,6 @@ from qdiff.calibration.store import Store
 from qdiff.cli.commandline import add_run_flags, whole
 from qdiff.cli.models.any_family import NO_WEIGHTS
 from qdiff.cli.models.pixel import add_model_flags
-from qdiff.cli.runs.sampling import record
 from qdiff.evaluation.memory import LiveBytes
 from qdiff.families import adapter_for
 from qdiff.families.open import pixel_model

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.calibrate import RunOptions, calibrate
+from qdiff.api.quantize import CalibrationSettings, calibrate_network
 from qdiff.calibration.context import UnitReport
-from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import Trajectories, concatenate, load_trajectories, save_shard
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.cli.compare.plan import FLOAT, RESULT_NAME, Comparison, Entry
@@ -28,7 +27,6 @@ from qdiff.cli.compare.sampling import (
 )
 from qdiff.cli.models.any_family import LoadedModel
 from qdiff.cli.progress import CalibrationLog, peak_memory
-from qdiff.cli.quantize import rollouts_of
 from qdiff.evaluation.cost import float_bytes, stored_bytes
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.utils.devices import describe_device
@@ -173,17 +171,12 @@ def calibrated(comparison: Comparison, entry: Entry, model: LoadedModel, team: T
     if team.broadcast(path.exists()):
         return load_checkpoint(path).network.to(device)
     args, adapter, trajectories = comparison.args, comparison.model.adapter, states_of(comparison, entry)
-    data = select(trajectories, entry.recipe, model.network, adapter, args.seed)
     provenance = {"seed": args.seed, "sampling": comparison.model.pipeline.describe(), **model.origin}
-    plan = provenance | {"recipe": entry.recipe.to_dict(), "states": data.digest()}
     record = comparison.folder / f"{entry.slug}.unfinished"
     effort = Effort(comparison.part(entry.slug), device) if team.leads else None
-    run = calibrate(
-        *(model.network, adapter, entry.recipe, data, args.seed, trajectories.timesteps),
-        effort,
-        options=RunOptions(record=record, plan=plan, team=team),
-        rollouts=rollouts_of(entry.recipe, trajectories, comparison.model.pipeline.path),
-    )
+    settings = CalibrationSettings(seed=args.seed, folder=record, progress=effort, team=team, provenance=provenance)
+    path_of_sampler = comparison.model.pipeline.path
+    run = calibrate_network(model.network, adapter, entry.recipe, trajectories, settings, path_of_sampler)
     if team.leads:
         effort.keep()
         save_checkpoint(path, run.network, adapter, entry.recipe, trajectories.timesteps, provenance)

@@ -16,12 +16,12 @@ import torch
 import yaml
 
 from ddim.pretrained import sha256
+from qdiff.api.quantize import needs_rollouts
+from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.resume import differences
 from qdiff.calibration.selectors import check_selection
 from qdiff.calibration.trajectories import Trajectories, shard_path
 from qdiff.cli.models.any_family import ChosenModel
-from qdiff.cli.quantize import needs_rollouts
-from qdiff.cli.runs.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.overrides import FLAG, apply_overrides

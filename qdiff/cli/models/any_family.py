@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from qdiff.api.sampling import record_batches
 from qdiff.calibration.trajectories import Trajectories
 from qdiff.cli.commandline import number, whole
 from qdiff.cli.models.conditioning import asked_of_calibration, digest_of
-from qdiff.cli.runs.sampling import record_batches
 from qdiff.families import Adapter
 from qdiff.families.open import latent_model, pixel_model
 from qdiff.families.options import Entry, SamplingOptions

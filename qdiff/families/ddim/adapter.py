@@ -18,7 +18,7 @@ from qdiff.recipes.layer_names import Roles
 class DDIMAdapter:
     """See `qdiff.families.base.Adapter`."""
 
-    family = "ddim"
+    family, network_class = "ddim", DDPMUNet
 
     def build(self, config: dict[str, Any]) -> DDPMUNet:
         return DDPMUNet(**config).eval()

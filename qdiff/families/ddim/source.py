@@ -100,10 +100,11 @@ class PixelSource:
         return self._config
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        side = self._config.data.image_size
         for field, given in (("height", height), ("width", width)):
-            if given is not None:
-                raise FieldError(field, f" {given}: pixel models have one size, {self._config.data.image_size}")
-        return self._config.data.channels, self._config.data.image_size, self._config.data.image_size
+            if given not in (None, side):
+                raise FieldError(field, f" {given}: pixel models have one size, {side}")
+        return self._config.data.channels, side, side
 
     def sampling(self, options: SamplingOptions) -> Sampling:
         for field in OF_LATENT_MODELS:

@@ -23,7 +23,7 @@ WITHOUT_EFFECT = ("image_size", "dropout", "use_checkpoint", "use_fp16", "legacy
 class LatentAdapter:
     """See `qdiff.families.base.Adapter`."""
 
-    family = "ldm"
+    family, network_class = "ldm", UNetModel
 
     def build(self, config: dict[str, Any]) -> UNetModel:
         return UNetModel(**{"image_size": 0, **config}).eval()

@@ -250,7 +250,7 @@ def test_guided_classes_calibrate_on_both_halves(latent, tmp_path, monkeypatch):
         seen.append(concatenate(parts))
         return seen[0]
 
-    monkeypatch.setattr("qdiff.cli.runs.sampling.concatenate", record)
+    monkeypatch.setattr("qdiff.api.sampling.concatenate", record)
     sample_ldm(latent.cin, tmp_path / "out", *W4A8, *NEAREST, "--scale", 2, "--classes", "1", "3")
     rows, (found,) = latent.cin.state["cond_stage_model.embedding.weight"], seen
     assert torch.equal(found.extra["cs"][0][:, 0], rows[[1, 3, 1]])
