@@ -264,8 +264,8 @@ def whole(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("function", ["calibrate", "sample_entry", "root_mean_squares"])
-@pytest.mark.cases("calibrate", "root_mean_squares")
+@pytest.mark.parametrize("function", ["calibrate_network", "sample_entry", "root_mean_squares"])
+@pytest.mark.cases("calibrate_network", "root_mean_squares")
 def test_an_interrupted_entry_goes_on(tiny, inline, whole, monkeypatch, tmp_path, function):
     """To the same result as one that was not interrupted, without a second calibration once that is done."""
     original, made = getattr(comparison_parts, function), []
@@ -281,10 +281,12 @@ def test_an_interrupted_entry_goes_on(tiny, inline, whole, monkeypatch, tmp_path
     flags = (*tiny.model, *SHORT, "--methods", "nearest")
     monkeypatch.setattr(comparison_parts, function, once)
     assert call(COMPARE, *flags, "--outdir", "out").code == 130
-    calibrate = comparison_parts.calibrate
-    monkeypatch.setattr(comparison_parts, "calibrate", lambda *a, **k: calibrations.append(1) or calibrate(*a, **k))
+    calibrate = comparison_parts.calibrate_network
+    monkeypatch.setattr(
+        comparison_parts, "calibrate_network", lambda *a, **k: calibrations.append(1) or calibrate(*a, **k)
+    )
     passed(call(COMPARE, *flags, "--outdir", "out"))
-    assert len(calibrations) == (function == "calibrate")
+    assert len(calibrations) == (function == "calibrate_network")
     (row, other) = (rows_of(folder)[1] for folder in (tmp_path / "out", whole))
     assert {key: row[key] for key in KEYS | ERRORS} == {key: other[key] for key in KEYS | ERRORS}
     for name in ("nearest_w4a8.safetensors", "nearest_w4a8/images.safetensors", "comparison.png"):
