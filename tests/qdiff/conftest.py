@@ -184,13 +184,14 @@ def generator():
 
 @pytest.fixture(scope="session")
 def quantized(make_network, adapter, states):
-    """(recipe, ch) -> a calibrated network; each is calibrated once and handed out as a copy."""
+    """(recipe, ch, changes of its configuration) -> a calibrated network; each is calibrated once and handed out as a
+    copy."""
     made = {}
 
-    def make(recipe, ch=32, seed=0):
-        key = (recipe.to_yaml(), ch, seed)
+    def make(recipe, ch=32, seed=0, **changes):
+        key = (recipe.to_yaml(), ch, seed, str(changes))
         if key not in made:
-            made[key] = calibrate(make_network(ch), adapter, recipe, states, seed, SAMPLER_STEPS).network
+            made[key] = calibrate(make_network(ch, **changes), adapter, recipe, states, seed, SAMPLER_STEPS).network
         return copy.deepcopy(made[key])
 
     return make
@@ -198,10 +199,10 @@ def quantized(make_network, adapter, states):
 
 @pytest.fixture(scope="session")
 def float_weights(make_network):
-    """ch -> the float weights of `make_network(ch)` by layer name."""
+    """(ch, changes of the configuration) -> the float weights of `make_network` by layer name."""
 
-    def of(ch=32):
-        modules = make_network(ch).named_modules()
+    def of(ch=32, **changes):
+        modules = make_network(ch, **changes).named_modules()
         return {name: m.weight for name, m in modules if type(m) in (torch.nn.Conv2d, torch.nn.Linear)}
 
     return of

@@ -18,7 +18,7 @@ from qdiff.recipes.recipe import QuantSpec, Recipe
 from qdiff.recipes.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 
 FORMS = ["plain", "transformer", "labels"]
-NARROW = {"model_channels": 32}
+NARROW = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
 FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 8}
 W4 = MethodOptions(weight_bits=4, family="latent", **FEW)
 W4A8 = replace(W4, act_bits=8, split=True, selector_steps=10)  # all that there are: QuEST has a set for each
@@ -149,7 +149,7 @@ def test_every_unit_learns_in_both_stages(latent_adapter, run, form):
     result = run(replace(base, stages=(WEIGHTS, rounding, ACTS, scales)), form)
     units = units_of(latent_adapter, result.network)
     assert [(report.stage, report.unit) for report in result.reports] == [(s, u) for s in (1, 3) for u in units]
-    assert len(units) > 15 and all(len(report.losses) > 1 for report in result.reports)
+    assert len(units) >= 10 and all(len(report.losses) > 1 for report in result.reports)
     nearest, before = (run(replace(base, stages=s), form).network for s in ((WEIGHTS,), (WEIGHTS, rounding, ACTS)))
     cancelled = "" if form == "labels" else "emb_layers"
     for name, layer in quant_layers(result.network).items():
@@ -192,7 +192,7 @@ def test_what_a_network_is_conditioned_on_changes_its_calibration(run, latent_st
     mine, theirs = (quant_layers(run(recipe, "transformer", data=d).network) for d in (data, other))
     differs = [name for name in mine if not torch.equal(mine[name].codes, theirs[name].codes)]
     assert "time_embed.0" not in differs and "input_blocks.0.0" not in differs
-    assert "input_blocks.3.1.transformer_blocks.0.attn2.to_k" in differs and "out.2" in differs
+    assert "input_blocks.1.1.transformer_blocks.0.attn2.to_k" in differs and "out.2" in differs
 
 
 @pytest.mark.parametrize("form", ["transformer", "labels"])

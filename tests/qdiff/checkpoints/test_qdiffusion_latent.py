@@ -23,6 +23,7 @@ from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
 from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 
 FORMS = ["plain", "transformer"]
+SMALL = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
 CASES = ["ddim_split_w4a8_sym", "ldm_w4a8", "sd_split_w8a8_sm16"]
 STAGES = (WeightRanges(RangeSpec()), ActivationRanges())
 AFFINE = Recipe("affine", QuantSpec(4, axis="out_channel"), QuantSpec(8), stages=STAGES)
@@ -174,7 +175,7 @@ def test_keys_are_those_of_the_golden_file(case_folder, name):
 )
 @pytest.mark.parametrize("bits", [8, 16])
 def test_the_originals_softmax_grids(make_latent, latent_adapter, form, symmetric, kind, bits):
-    network = make_latent(form, model_channels=32)
+    network = make_latent(form, **SMALL)
     recipe = published_recipe(4, 8, symmetric, bits, False, latent_adapter, network)
     quantizers = act_quantizers(insert_quantizers(network, recipe, latent_adapter))
     softmax = {q.spec for name, q in quantizers.items() if name.endswith("act_quantizer_w")}
@@ -205,7 +206,7 @@ EXPECTED_KEYS = {
 
 
 def test_keys_of_attention_operands(quantized_latent, latent_adapter, form):
-    state = published_state(quantized_latent(AFFINE, form, model_channels=32), latent_adapter, AFFINE)
+    state = published_state(quantized_latent(AFFINE, form, **SMALL), latent_adapter, AFFINE)
     for key in EXPECTED_KEYS[form]:
         assert state[f"{key}.delta"].shape == () == state[f"{key}.zero_point"].shape
     assert not any(".attention.act_quantizer" in key or ".attn1.attention" in key for key in state)
@@ -238,11 +239,11 @@ def test_a_written_file_comes_back_bit_for_bit(
     float_base,
     form,
 ):
-    network, path, data = quantized_latent(recipe, form, model_channels=32), tmp_path / "ckpt.pth", latent_states(form)
-    plain = make_latent(form, model_channels=32)
+    network, path, data = quantized_latent(recipe, form, **SMALL), tmp_path / "ckpt.pth", latent_states(form)
+    plain = make_latent(form, **SMALL)
     weights = {name: plain.get_submodule(name).weight for name in quant_layers(network)} if float_base else None
     save_published(path, network, latent_adapter, recipe, weights)
-    other = make_latent(form, seed=5, model_channels=32)
+    other = make_latent(form, seed=5, **SMALL)
     found, own = load_published(path, other, latent_adapter, flags_of(recipe, latent_adapter, other))
     assert own == recipe
     assert_same_numbers(network, found)
@@ -255,14 +256,14 @@ def test_the_original_code_computes_the_same_with_the_flags_we_name(
     quantized_latent, make_latent, latent_adapter, latent_states, tmp_path, recipe, form
 ):
     """A file without our recipe, read with `original_flags`: same outputs, whatever softmax grids were used."""
-    network, data = quantized_latent(recipe, form, model_channels=32), latent_states(form)
+    network, data = quantized_latent(recipe, form, **SMALL), latent_states(form)
     torch.save(dict(published_state(network, latent_adapter, recipe)), tmp_path / "ckpt.pth")
     named = original_flags(recipe, latent_adapter, network).split()
     value = {flag: number for flag, number in zip(named, [*named[1:], ""], strict=True) if number.isdigit()}
     if recipe.name == "signed-softmax16" and form == "transformer":
         assert value["--sm_abit"] == "17"  # the upper half of a signed grid that ours does not have
         return
-    bits, other = int(value["--sm_abit"]), make_latent(form, seed=5, model_channels=32)
+    bits, other = int(value["--sm_abit"]), make_latent(form, seed=5, **SMALL)
     flags = (int(value["--weight_bit"]), int(value["--act_bit"]), "--a_sym" in named, bits, "--split" in named)
     flags = published_recipe(*flags, latent_adapter, other)
     read, _ = load_published(tmp_path / "ckpt.pth", other, latent_adapter, flags)
@@ -275,7 +276,7 @@ def test_the_original_code_computes_the_same_with_the_flags_we_name(
 def test_the_native_file_comes_back_bit_for_bit(
     quantized_latent, latent_adapter, latent_states, timesteps, assert_same_numbers, tmp_path, recipe, form
 ):
-    network, path = quantized_latent(recipe, form, model_channels=32), tmp_path / "ckpt.safetensors"
+    network, path = quantized_latent(recipe, form, **SMALL), tmp_path / "ckpt.safetensors"
     save_checkpoint(path, network, latent_adapter, recipe, timesteps, {"seed": 0})
     found, data = load_checkpoint(path), latent_states(form)
     assert found.recipe == recipe and found.adapter.family == "ldm" == read_about(path)["family"]

@@ -39,12 +39,12 @@ def no_plot(monkeypatch):
 @pytest.fixture
 def models(make_latent, latent_adapter, make_network, adapter):
     """name -> (adapter, function that makes its network, whether it takes conditioning)"""
-    narrow = {"model_channels": 32}
+    narrow = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
     return {
         "plain": (latent_adapter, lambda: make_latent("plain", **narrow), False),
         "transformer": (latent_adapter, lambda: make_latent("transformer", **narrow), True),
         "labels": (latent_adapter, lambda: make_latent("labels", **narrow), True),
-        "pixel": (adapter, lambda: make_network(32), False),
+        "pixel": (adapter, lambda: make_network(32, ch_mult=[1], attn_resolutions=[8]), False),
     }
 
 
