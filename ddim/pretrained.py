@@ -99,7 +99,9 @@ def find_pretrained(config: DictConfig) -> Path:
         if candidate.is_file():
             return candidate
     looked = ", ".join(map(str, candidates))
-    raise FileNotFoundError(f"pretrained model {name!r} not found, looked for {looked} (known: {', '.join(PUBLISHED)})")
+    bundled = "bundled models are in the repository's folder models"
+    known = ", ".join(PUBLISHED)
+    raise FileNotFoundError(f"pretrained model {name!r} not found, looked for {looked} (known: {known}; {bundled})")
 
 
 def _find_published(name: str) -> Path:

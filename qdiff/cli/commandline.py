@@ -21,6 +21,7 @@ from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.nn.surgery import softmax_spec
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import COMPAT, Recipe
+from qdiff.utils.files import find_shipped
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 def _recipe_of_file(args: argparse.Namespace) -> Recipe:
     """The recipe of --recipe, with what is given beside it. Raises ValueError naming what is wrong."""
+    args.recipe = find_shipped(args.recipe)
     if not args.recipe.is_file():
         raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
     for name in HELD_BY_RECIPE:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from qdiff.families.source import Source
+from qdiff.utils.files import find_shipped
 
 CONFIGURATIONS = (".yml", ".yaml")
 
@@ -37,7 +38,7 @@ def pixel_model(config: str | Path, weights: Path | None = None, **options) -> S
     """A pixel model by its configuration; options as for `PixelSource`."""
     from qdiff.families.ddim.source import PixelSource, read_config
 
-    return PixelSource(read_config(Path(config)), weights, **options)
+    return PixelSource(read_config(find_shipped(config)), weights, **options)
 
 
 def latent_model(
@@ -54,12 +55,13 @@ def latent_model(
     from qdiff.families.ldm.source import LatentSource
 
     found = find_checkpoint(checkpoint) if read and checkpoint is not None else None
-    return LatentSource(read_config(config or find_config(found or checkpoint), overrides), found, **options)
+    path = find_shipped(config) if config else find_config(found or checkpoint)
+    return LatentSource(read_config(path, overrides), found, **options)
 
 
 def is_latent_config(path: str | Path) -> bool:
     """Whether a configuration is a latent model's; files that are none are left to the readers to complain about."""
     try:
-        return "target" in yaml.safe_load(Path(path).read_text(encoding="utf8"))["model"]
+        return "target" in yaml.safe_load(find_shipped(path).read_text(encoding="utf8"))["model"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return False

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,18 @@ from torch import Tensor
 
 from ddim.files import atomic
 from qdiff.utils.pickles import Unfit, check_tensors, check_unread, foreign
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def find_shipped(path: str | Path) -> Path:
+    """A configuration or recipe as it is named: from the current folder, or as the toolkit brings it, in a clone or
+    from a wheel. What is nowhere comes back as it is."""
+    path = Path(path)
+    for folder in (Path(), REPOSITORY, Path(sysconfig.get_path("data")) / "share" / "qdiff"):
+        if (folder / path).is_file():
+            return folder / path
+    return path
 
 
 def write_text(path: str | Path, text: str) -> None:

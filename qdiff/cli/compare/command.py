@@ -38,7 +38,8 @@ from qdiff.utils.fabric_team import start_team
 from qdiff.utils.files import sole_user
 
 logger = logging.getLogger(__name__)
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "compare_methods.py"  # runs a part in its process
+# Runs a part in its process; without the current folder on the path, where another qdiff may lie.
+PART = "import sys; sys.path.pop(0); from qdiff.cli.main import run; run(['compare', *sys.argv[1:]])"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +127,7 @@ def run_all(comparison: Comparison, flags: list[str], leads: bool) -> None:
     todo = [slug for slug in slugs if comparison.result(slug) is None]
 
     def command(slug: str) -> list[str]:
-        return [sys.executable, str(SCRIPT), *flags, "--only", slug]
+        return [sys.executable, "-c", PART, *flags, "--only", slug]
 
     def largest() -> int:
         done = filter(None, map(comparison.result, (FLOAT, *slugs)))
