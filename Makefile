@@ -1,4 +1,6 @@
 # `make demo` and `make test` are all a fresh machine needs: both make .venv and install the project first.
+# Modules are compiled once, not once for every process that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -12,8 +12,9 @@ from ddim.files import atomic, remove_leftovers
 KILLED = """
 import os, signal, sys
 from ddim.files import atomic
-with atomic(sys.argv[1]) as temporary:
-    temporary.write_text("half")
+with atomic(sys.argv[1]) as one, atomic(sys.argv[2]) as other:
+    one.write_text("half")
+    other.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -37,9 +38,8 @@ def test_the_temporary_file_is_in_the_same_folder(tmp_path):
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     """A file that is being written is locked by its process, so it stays."""
-    for name in ("img/0.png", "notes.txt"):
-        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], check=False)
-        assert done.returncode == -signal.SIGKILL
+    files = [tmp_path / name for name in ("img/0.png", "notes.txt")]
+    assert subprocess.run([sys.executable, "-c", KILLED, *files], check=False).returncode == -signal.SIGKILL
     (tmp_path / "img" / "1.png").write_text("whole")
     (tmp_path / ".hidden").write_text("a user's")
     assert len(list(tmp_path.rglob(".*.tmp"))) == 2

@@ -110,6 +110,7 @@ def test_interface_quantizes_when_it_decodes(part):
     "name, size, expected, per_image",
     [("cifar10-sd", [4, 16, 16], 30.62, 32.24), ("cifar10-ldm", [3, 16, 16], 28.96, 30.28)],
 )
+@pytest.mark.cases("cifar10-sd-*")
 def test_bundled_first_stages_reconstruct_photographs(photographs, name, size, expected, per_image):
     config = OmegaConf.load(REPOSITORY / "models" / name / "config.yaml")
     model = instantiate_from_config(config.model.params.first_stage_config).eval().requires_grad_(False)

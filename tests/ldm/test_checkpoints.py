@@ -331,7 +331,7 @@ assert all((parameter == index).all() for index, parameter in enumerate(model.pa
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
 @pytest.mark.parametrize("save, dtype", [(save_safetensors, torch.float16), (save_lightning, torch.float32)])
-@pytest.mark.cases("save_lightning-dtype1")
+@pytest.mark.long
 def test_loading_takes_the_models_memory_plus_one_tensor(tmp_path, save, dtype):
     state = {f"{i}.weight": torch.full((1024, 1024), float(i), dtype=dtype) for i in range(16)}
     state |= {f"model_ema.{i}weight": torch.ones(1024, 1024, dtype=dtype) for i in range(16)}

@@ -13,6 +13,7 @@ from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
 from qdiff.recipes.stages import ActivationRanges, Compensate, Finetune, Learn, RangeSpec, WeightRanges
 
+ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 GRID, ACTS = QuantSpec(4, "affine", "out_channel"), QuantSpec(4)
 RANGES = (WeightRanges(RangeSpec("minmax")), ActivationRanges(RangeSpec("minmax")))
 FAST = {"weight": Learn(3e-3), "scale": Learn(3e-3)}
@@ -30,7 +31,7 @@ def untuned(make_network, adapter, states, timesteps):
     def make(**fields):
         described = recipe(**fields)
         if described not in made:
-            made[described] = calibrate(make_network(64), adapter, described, states, 0, timesteps)
+            made[described] = calibrate(make_network(64, **ONE_LEVEL), adapter, described, states, 0, timesteps)
         return made[described]
 
     return make
@@ -42,7 +43,7 @@ def tuned(make_network, adapter, states, timesteps):
 
     def make(*stages, ch=64, options=None, progress=None, **fields):
         described = recipe(*stages, **fields)
-        arguments = (make_network(ch), adapter, described, states, 0, timesteps)
+        arguments = (make_network(ch, **ONE_LEVEL), adapter, described, states, 0, timesteps)
         return calibrate(*arguments, progress=progress, options=options)
 
     return make
@@ -89,6 +90,7 @@ def test_the_error_falls(tuned):
 
 
 @pytest.mark.parametrize("scales", ["layers", "rest", "all"])
+@pytest.mark.cases("rest", "all")
 def test_which_scales_move(untuned, tuned, scales):
     before, after = untuned(), tuned(Finetune(("mid.attn_1.q",), {"scale": Learn(1e-3)}, scales=scales, iterations=3))
     every = set(act_quantizers(after.network))

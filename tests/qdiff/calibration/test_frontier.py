@@ -150,6 +150,7 @@ def test_conditioning_reaches_the_segments_as_in_a_plain_forward(
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("form", ["transformer", "labels"])
+@pytest.mark.cases("transformer-7", "labels-1")
 def test_the_size_of_batches_does_not_matter_with_conditioning(
     make_latent, latent_adapter, latent_states, form, batch_size
 ):

@@ -19,7 +19,7 @@ from qdiff.recipes.stages import ActivationRanges, CorrectBias, Learn, RangeSpec
 
 FORMS = ["plain", "transformer", "labels"]
 NARROW = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
-FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 8}
+FEW = {"iterations": 2, "act_iterations": 2, "batch_size": 8, "weight_range": "minmax", "act_range": "minmax"}
 W4 = MethodOptions(weight_bits=4, family="latent", **FEW)
 W4A8 = replace(W4, act_bits=8, split=True, selector_steps=10)  # all that there are: QuEST has a set for each
 BETAS = beta_schedule("linear", 1000, 0.0015, 0.0195)

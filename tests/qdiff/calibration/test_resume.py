@@ -20,6 +20,7 @@ from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
 from qdiff.recipes.stages import ActivationRanges, CorrectBias, Learn, RangeSpec, Reconstruct, WeightRanges
 
+ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 LEARNED = Reconstruct({"rounding": Learn(0.3), "bias": Learn(0.01)}, iterations=2, batch_size=8, keep="better")
 PLAIN = Recipe(
     "plain",
@@ -47,7 +48,7 @@ def calibrated(make_network, adapter, states, timesteps):
 
     def make(name):
         if name not in made:
-            made[name] = calibrate(make_network(32), adapter, RECIPES[name], states, 0, timesteps).network
+            made[name] = calibrate(make_network(32, **ONE_LEVEL), adapter, RECIPES[name], states, 0, timesteps).network
         return made[name]
 
     return make
@@ -56,7 +57,7 @@ def calibrated(make_network, adapter, states, timesteps):
 @pytest.fixture
 def fresh(make_network, adapter, timesteps):
     """name -> the network before its calibration."""
-    return lambda name: insert_quantizers(make_network(32), RECIPES[name], adapter, timesteps).eval()
+    return lambda name: insert_quantizers(make_network(32, **ONE_LEVEL), RECIPES[name], adapter, timesteps).eval()
 
 
 def enabled(network):

@@ -136,6 +136,7 @@ def test_the_float_runs_are_the_samplers_own(scene, sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.cases("ddim-eta-1", "plms")
 def test_the_error_at_the_end_is_the_samplers_own(scene, sampler):
     scene = scene(sampler)
     (rollout,) = scene.group_rollouts()
@@ -252,6 +253,7 @@ def test_without_the_factor_each_steps_own_coefficient_is_left(scene):
 
 
 @pytest.mark.parametrize("sampler", ["ddim-eta-1", "plms"])
+@pytest.mark.cases("plms")
 def test_quantized_starts_add_up_to_the_whole_run(scene, sampler):
     """Each group goes on from what those before have made: the last one's end is the sampler's."""
     scene = scene(sampler, StepGroups(size=2))

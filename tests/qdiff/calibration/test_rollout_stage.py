@@ -186,6 +186,7 @@ def peak(rolled):
 
 
 @pytest.mark.parametrize("gradient", ["two_pass", "exact"])
+@pytest.mark.cases("two_pass")
 def test_activation_memory_does_not_grow_with_the_group(peak, gradient):
     """Against full unrolling, which holds every step's activations."""
     assert peak(STEPS, gradient) < 1.1 * peak(1, gradient)

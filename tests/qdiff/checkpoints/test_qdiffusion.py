@@ -20,6 +20,7 @@ from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
 from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
 
+ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W4A8 = Recipe("w4a8", QuantSpec(4, axis="out_channel"), QuantSpec(8, "signed"), split_shortcuts=True, stages=RANGES)
 COMPENSATED = replace(W4A8, name="compensated", stages=(RANGES[0], Compensate(rows=200), RANGES[1]))
@@ -174,7 +175,7 @@ def test_the_width_of_weights_can_be_told_from_the_codes(quantized, adapter, tmp
     """So that the right flag is never refused, and one that is far off always is."""
     stage = WeightRanges(RangeSpec(finder, candidates=None if finder == "minmax" else 80))
     recipe = Recipe("w", QuantSpec(bits, axis="out_channel"), stages=(stage,))
-    state = published_state(quantized(recipe), adapter, recipe)
+    state = published_state(quantized(recipe, **ONE_LEVEL), adapter, recipe)
     torch.save(dict(state), tmp_path / "ckpt.pth")  # without our recipe, as the original writes it
     found = Published(tmp_path / "ckpt.pth").weight_bits()
     assert bits in found
@@ -214,11 +215,11 @@ def test_a_channel_that_its_search_has_narrowed_much_does_not_widen_all(tmp_path
 def test_a_written_file_comes_back_bit_for_bit(
     quantized, make_network, adapter, states, float_weights, assert_same_numbers, tmp_path, recipe, float_base
 ):
-    network, path = quantized(recipe), tmp_path / "ckpt.pth"
-    save_published(path, network, adapter, recipe, float_weights(32) if float_base else None)
+    network, path = quantized(recipe, **ONE_LEVEL), tmp_path / "ckpt.pth"
+    save_published(path, network, adapter, recipe, float_weights(32, **ONE_LEVEL) if float_base else None)
     flags = replace(recipe_of(adapter), weights=recipe.weights, split_shortcuts=recipe.split_shortcuts)
     flags = replace(flags, activations=recipe.activations)
-    found, own = load_published(path, make_network(32, seed=5), adapter, flags)
+    found, own = load_published(path, make_network(32, seed=5, **ONE_LEVEL), adapter, flags)
     assert own == recipe
     assert_same_numbers(network, found)
     with torch.no_grad():
@@ -227,10 +228,11 @@ def test_a_written_file_comes_back_bit_for_bit(
 
 @pytest.mark.parametrize("float_base", [False, True], ids=["folded", "float-weights"])
 @pytest.mark.parametrize("recipe", EXPRESSIBLE, ids=name_of)
+@pytest.mark.cases("*-folded", "w4a8-float-weights")
 def test_the_formula_of_the_format_gives_the_codes(quantized, adapter, float_weights, tmp_path, recipe, float_base):
     """As the original code reads a file, without any of ours; its codes start at 0."""
-    network, path = quantized(recipe), tmp_path / "ckpt.pth"
-    save_published(path, network, adapter, recipe, float_weights(32) if float_base else None)
+    network, path = quantized(recipe, **ONE_LEVEL), tmp_path / "ckpt.pth"
+    save_published(path, network, adapter, recipe, float_weights(32, **ONE_LEVEL) if float_base else None)
     state, decoded = torch.load(path, weights_only=True), decode(path, recipe.weights.bits)
     for name, layer in quant_layers(network).items():
         assert torch.equal(layer.codes.float() - recipe.weights.lo, decoded[name]), name
@@ -253,10 +255,10 @@ def test_keys_are_those_of_the_golden_file(golden, case_network, adapter, tmp_pa
 
 def test_float_weights_are_written_unchanged_wherever_alpha_can_say_the_code(quantized, adapter, float_weights):
     """Error compensation moves some codes further than one step: only those become dequantized values."""
-    weights = float_weights(32)
-    state = published_state(quantized(W4A8), adapter, W4A8, weights)
+    weights = float_weights(32, **ONE_LEVEL)
+    state = published_state(quantized(W4A8, **ONE_LEVEL), adapter, W4A8, weights)
     assert all(torch.equal(state[f"model.{name}.weight"], weight) for name, weight in weights.items())
-    network = quantized(COMPENSATED)
+    network = quantized(COMPENSATED, **ONE_LEVEL)
     state = published_state(network, adapter, COMPENSATED, weights)
     changed = torch.cat([(state[f"model.{n}.weight"] != w).flatten() for n, w in weights.items()])
     assert 0 < changed.float().mean() < 0.5
@@ -285,18 +287,18 @@ def test_a_golden_file_written_again_gives_the_same_codes_and_outputs(
 
 def test_an_unsigned_softmax_survives_beside_signed_activations(quantized, make_network, adapter, tmp_path):
     path = tmp_path / "ckpt.pth"
-    save_published(path, quantized(W4A8), adapter, W4A8)
-    network, _ = load_published(path, make_network(32), adapter, recipe_of(adapter))
+    save_published(path, quantized(W4A8, **ONE_LEVEL), adapter, W4A8)
+    network, _ = load_published(path, make_network(32, **ONE_LEVEL), adapter, recipe_of(adapter))
     kinds = {q.spec.kind for n, q in act_quantizers(network).items() if n.endswith("act_quantizer_w")}
     assert kinds == {"unsigned"}
 
 
 def test_the_activations_of_a_file_of_ours_can_be_left_out(quantized, make_network, adapter, states, tmp_path):
     path = tmp_path / "ckpt.pth"
-    network = quantized(W4A8)
+    network = quantized(W4A8, **ONE_LEVEL)
     save_published(path, network, adapter, W4A8)
     flags = recipe_of(adapter, act_bits=None)
-    found, own = load_published(path, make_network(32), adapter, flags)
+    found, own = load_published(path, make_network(32, **ONE_LEVEL), adapter, flags)
     assert own == replace(W4A8, activations=None) and not act_quantizers(found)
     for quantizer in act_quantizers(network).values():
         quantizer.enabled = False
@@ -340,7 +342,7 @@ INEXPRESSIBLE = [
 @pytest.mark.parametrize(("recipe", "message"), INEXPRESSIBLE, ids=lambda v: getattr(v, "name", None))
 def test_what_the_format_cannot_express_is_refused(quantized, adapter, tmp_path, recipe, message):
     with pytest.raises(ValueError, match=f"^ckpt.pth holds {message}") as error:
-        save_published(tmp_path / "ckpt.pth", quantized(recipe), adapter, recipe)
+        save_published(tmp_path / "ckpt.pth", quantized(recipe, **ONE_LEVEL), adapter, recipe)
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
@@ -358,5 +360,5 @@ def test_a_save_that_is_cut_short_leaves_nothing(quantized, adapter, monkeypatch
 
     monkeypatch.setattr(qdiff.utils.files.torch, "save", cut)
     with pytest.raises(OSError, match="No space left"):
-        save_published(tmp_path / "ckpt.pth", quantized(W4A8), adapter, W4A8)
+        save_published(tmp_path / "ckpt.pth", quantized(W4A8, **ONE_LEVEL), adapter, W4A8)
     assert list(tmp_path.iterdir()) == []

@@ -197,7 +197,7 @@ def test_another_plan_has_a_folder_of_its_own(latent, whole, interrupt, tmp_path
 
 
 def test_a_killed_process_is_gone_on_with(latent, tmp_path):
-    flags = ("--prompt", "a cat", "--n_samples", 1, "--n_iter", 6, "--ddim_steps", 20, "--dpm")
+    flags = ("--prompt", "a cat", "--n_samples", 1, "--n_iter", 6, "--ddim_steps", 8, "--dpm")
     arguments = ("txt2img", "--ckpt", latent.sd.ckpt, *flags, "--outdir")
     process = subprocess.Popen(command(*arguments, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("out/*/samples/*.png")):

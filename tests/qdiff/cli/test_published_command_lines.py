@@ -83,7 +83,7 @@ def test_on_a_file_that_the_original_wrote(tiny, made, tmp_path, template):
         assert images == resumed(tiny, made, tmp_path / "ours", SAMPLE, "--resume", made[1] / "ckpt.pth")[1]
 
 
-@pytest.mark.cases("w4")
+@pytest.mark.long
 def test_in_a_process_of_its_own_with_relative_paths(tiny, made, tmp_path):
     (tmp_path / "w.pth").write_bytes((made[1] / "ckpt.pth").read_bytes())
     values = {"config": tiny.config, "bits": made[0], "resume": "", "out": "out", "ckpt": "w.pth"}

@@ -107,6 +107,7 @@ def sampled(root, made, tmp_path, monkeypatch, activations, resume):
     return result, pictures(only(tmp_path / "out"))
 
 
+@pytest.mark.cases("bedrooms", "stable-diffusion")
 def test_the_calibrating_line(made):
     family, run = made
     recipe = load_checkpoint(run / "ckpt.safetensors").recipe
@@ -118,6 +119,7 @@ def test_the_calibrating_line(made):
     assert len(pictures(run)) == 1 and (run / "ckpt.pth").is_file()
 
 
+@pytest.mark.cases("bedrooms", "stable-diffusion")
 def test_with_activations(root, made, tmp_path, monkeypatch):
     """Older copies of the lines have no --resume."""
     result, found = sampled(root, made, tmp_path, monkeypatch, activations=True, resume="")
@@ -125,6 +127,7 @@ def test_with_activations(root, made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("made", ["bedrooms", "stable-diffusion"], indirect=True)
+@pytest.mark.cases("bedrooms")
 def test_weights_only(root, made, tmp_path, monkeypatch):
     result, found = sampled(root, made, tmp_path, monkeypatch, activations=False, resume="--resume")
     assert "W4A32" in result.out and found != pictures(made[1])

@@ -32,7 +32,8 @@ def plan(*given, steps=10, **options):
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
-    """It takes longer than a calibration; cli/test_progress.py looks at it."""
+    """Neither it nor a report: they take longer than a calibration, and tests of their own look at them."""
+    monkeypatch.setattr("qdiff.cli.quantize.write_report", lambda folder: None)
     monkeypatch.setattr("qdiff.cli.quantize.plot_losses", lambda reports, path: None)
 
 

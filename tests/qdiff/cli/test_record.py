@@ -72,6 +72,7 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(data, tmp_path, monke
         assert tree(tmp_path) == {"data.pt": data.file.read_bytes()}
 
 
+@pytest.mark.long
 def test_a_killed_recording_goes_on_where_it_stopped(tiny, tmp_path):
     flags = (*tiny.model, "--timesteps", 10, "--n_samples", 8, "--batch_size", 1)
     arguments = command("make_calibration_data", *flags, "--out", tmp_path / "killed")

@@ -42,7 +42,7 @@ def test_what_a_budget_allows(tiny, tmp_path, flags):
 
 def test_a_conditional_model_with_guidance(latent, tmp_path):
     prompt = ("--prompt", "a cat", "--scale", 3)
-    passed(call("sensitivity", "-r", latent.sd.ckpt, *prompt, *SHORT, "--timesteps", 4))
+    passed(call("sensitivity", "-r", latent.sd.ckpt, *prompt, *SHORT, "--bits", 4, 8, "--timesteps", 4))
     assert len(json.loads((tmp_path / "out" / "sensitivity.json").read_text())["timesteps"]) == 4
 
 

@@ -107,6 +107,7 @@ def test_pixel_model_loads_in_the_sampling_script(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ldm", "sd"])
+@pytest.mark.cases("sd")
 def test_latent_models_load(trainings, tmp_path, name):
     out, run = tmp_path / "out", tmp_path / "run"
     passed(call("train", *flags(name, run, "--export", out, *trainings[name])))
@@ -164,7 +165,7 @@ def assert_same_training(one, path):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.cases("accumulated", "vq")
+@pytest.mark.cases("vq")
 def test_a_training_goes_on_as_if_it_had_not_ended(uninterrupted, tmp_path, case):
     name, more, whole = uninterrupted(case)
     passed(call("train", *flags(name, tmp_path, *more, steps=3)))
@@ -173,7 +174,7 @@ def test_a_training_goes_on_as_if_it_had_not_ended(uninterrupted, tmp_path, case
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.cases("accumulated", "sd")
+@pytest.mark.cases("accumulated")
 def test_a_killed_training_goes_on_as_if_it_had_not_been(uninterrupted, tmp_path, monkeypatch, case):
     name, more, whole = uninterrupted(case)
 

@@ -59,6 +59,7 @@ def test_a_text_to_image_model(latent, tmp_path):
     same_but_for_logs(run, alone)
 
 
+@pytest.mark.long
 def test_calibration_data_by_processes_that_were_started_from_outside(latent, tmp_path):
     flags = ("-r", latent.cin.ckpt, "--timesteps", 4, "--n_samples", 5, "--batch_size", 2, "--scale", 3)
     passed(call("make_calibration_data", *flags, "--out", tmp_path / "alone"))

@@ -23,6 +23,7 @@ RECIPES = {
     "weights only": replace(W8A8, activations=None, stages=STAGES[:1]),
     "one set": replace(W8A8, step_groups=StepGroups(3), rules=(Rule("role:time", one_set=True),)),
 }
+ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 LATENT_RECIPES = {name: RECIPES[name] for name in ("w8a8", "groups", "16-bit softmax")}
 
 
@@ -38,7 +39,7 @@ def batch(generator):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_same_model_in_integers(recipe, quantized, batch):
-    network = quantized(recipe, 64)
+    network = quantized(recipe, 64, **ONE_LEVEL)
     integer = integer_network(network)
     assert is_integer(integer) and not is_integer(network)
     assert to_double(network)(batch[0].double(), batch[1]).isfinite().all()
@@ -63,7 +64,7 @@ def test_the_same_latent_model_in_integers(recipe, form, quantized_latent, laten
 
 def test_every_layer_given_the_simulations_own_input(quantized, batch):
     """In float32, where whole networks differ by the codes that rounding flips."""
-    network = quantized(W8A8, 64)
+    network = quantized(W8A8, 64, **ONE_LEVEL)
     integer, seen = integer_network(network), {}
     for name, layer in quant_layers(network).items():
         layer.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args[0], out)))
@@ -75,7 +76,7 @@ def test_every_layer_given_the_simulations_own_input(quantized, batch):
 
 
 def test_the_distance_to_float64_is_that_of_the_float32_simulation(quantized, batch):
-    network = quantized(W8A8, 64)
+    network = quantized(W8A8, 64, **ONE_LEVEL)
     integer, simulated = integer_network(network)(*batch), network(*batch)
     exact = to_double(network)(batch[0].double(), batch[1])
     assert relative(integer, exact) <= 1.5 * relative(simulated, exact) + 1e-6
@@ -86,7 +87,7 @@ def tensors_of(network):
 
 
 def test_a_network_in_integers_holds_no_float_weights(quantized):
-    network = quantized(replace(W8A8, weights=QuantSpec(4, axis="out_channel")), 64)
+    network = quantized(replace(W8A8, weights=QuantSpec(4, axis="out_channel")), 64, **ONE_LEVEL)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     integer = integer_network(network)
     weights = sum(layer.weight.numel() for layer in quant_layers(network).values())
@@ -99,7 +100,7 @@ def test_a_network_in_integers_holds_no_float_weights(quantized):
 
 def test_from_a_file_as_from_memory(quantized, adapter, timesteps, batch, tmp_path):
     for recipe in RECIPES.values():
-        network, path = quantized(recipe, 64), tmp_path / "network.safetensors"
+        network, path = quantized(recipe, 64, **ONE_LEVEL), tmp_path / "network.safetensors"
         save_checkpoint(path, network, adapter, recipe, timesteps, {"seed": 3})
         found = load_integer(path)
         assert torch.equal(found.network(*batch), integer_network(network)(*batch))
@@ -109,7 +110,7 @@ def test_from_a_file_as_from_memory(quantized, adapter, timesteps, batch, tmp_pa
 
 
 def test_activations_may_be_left_float(quantized, adapter, timesteps, batch, tmp_path):
-    network, path = quantized(W8A8, 64), tmp_path / "network.safetensors"
+    network, path = quantized(W8A8, 64, **ONE_LEVEL), tmp_path / "network.safetensors"
     save_checkpoint(path, network, adapter, W8A8, timesteps, {})
     found = load_integer(path, activations=False).network
     assert quantizes_activations(network) and not quantizes_activations(found)
@@ -119,7 +120,7 @@ def test_activations_may_be_left_float(quantized, adapter, timesteps, batch, tmp
 
 
 def test_the_file_records_the_policy_of_attention(quantized, adapter, timesteps, tmp_path):
-    network, path = quantized(W8A8, 64), tmp_path / "network.safetensors"
+    network, path = quantized(W8A8, 64, **ONE_LEVEL), tmp_path / "network.safetensors"
 
     def policies(**options):
         found = load_integer(path, **options).network

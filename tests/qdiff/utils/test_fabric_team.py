@@ -131,6 +131,7 @@ def test_where_a_process_fails_all_end_and_one_says_why(ended):
     assert ended.stderr.split("\n") == ["", f"{WORKER.name}: error: --nothing: as it should be", ""]
 
 
+@pytest.mark.long
 def test_where_a_process_vanishes_all_end_and_one_says_so():
     done = launch()
     assert done.returncode == 1 and done.stdout == ""

@@ -50,6 +50,7 @@ def test_a_pixel_model(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ldm", "cin", "sd"])
+@pytest.mark.cases("sd")
 def test_latent_models(latent, tmp_path, name):
     config = getattr(latent, name).config
     flags = ("--config", config, "--random", "--units", "middle_block.0", "--ranges", "minmax")
@@ -83,7 +84,7 @@ def test_against_plain(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["quick", "q-diffusion"])
-@pytest.mark.cases("q-diffusion")
+@pytest.mark.long
 def test_the_plain_loop_comes_to_the_same_result(tiny, method):
     """In float64, where rounding cannot tip a code."""
     config = load_config(tiny.config)

@@ -68,6 +68,7 @@ def test_the_golden_cases_of_latent_models(name):
         ("sd_split_w8a8_sm16", "io.safetensors", "context", ["eps_fp", "eps_w", "eps_wa"]),
     ],
 )
+@pytest.mark.cases("ldm_w4a8-*", "sd_*.attn2.act_quantizer_w.delta-*")
 def test_one_perturbed_tensor_of_a_latent_case_fails(tmp_path, name, file, key, wrong):
     case = shutil.copytree(FIXTURES / name, tmp_path / "case")
     perturb(case / file, f"model.{key}" if file == "qdiff_wa.pth" else key, lambda tensor: 1.01 * tensor)

@@ -141,7 +141,7 @@ def test_whether_prompts_are_shown(monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a ship\na photo of a horse\n")
     flags = ("-r", BUNDLED / "cifar10-sd", "--scale", 3, "--n_samples", 2, "--cali_st", 1, "--cali_n", 1)
     flags += ("--methods", "nearest", "--weight_bit", 8, "--batch_size", 2, "--from-file", "prompts.txt")
-    result = passed(call(COMPARE, *flags, "--timesteps", 10, "--sample_type", "plms", "--outdir", "out"))
+    result = passed(call(COMPARE, *flags, "--timesteps", 6, "--sample_type", "plms", "--outdir", "out"))
     assert "prompt's class named" in result.out
     first, row = rows_of(tmp_path / "out")
     assert first["prompt_accuracy"] == 1 and row["prompt_accuracy"] in (0, 0.5, 1)

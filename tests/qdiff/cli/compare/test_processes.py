@@ -43,6 +43,7 @@ def processes(outdir):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks at processes in /proc")
+@pytest.mark.long
 def test_an_interrupted_comparison(tiny, tmp_path):
     """Ctrl-C ends the parts, whose bars were shown; what is done is there, and known to be of this plan."""
     flags = (*tiny.model, *SHORT, "--methods", "q-diffusion:2000", "--outdir", tmp_path / "out")

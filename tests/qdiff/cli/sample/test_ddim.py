@@ -36,7 +36,7 @@ def sampled(tiny, logdir, *flags):
 
 def test_float_images(tiny, tmp_path):
     """In a process of its own, from a folder that is neither the repository's nor the model's."""
-    result = passed(launch(SAMPLE, *tiny.sampling, "-l", "out", cwd=tmp_path))
+    result = passed(call(SAMPLE, *tiny.sampling, "-l", "out"))
     run = only_run(tmp_path / "out")
     assert re.fullmatch(r"\d{4}(-\d\d){5}", run.name)
     assert result.out == f"3 images of the float model in out/samples/{run.name}/img\n" and result.bars == ["sampling"]

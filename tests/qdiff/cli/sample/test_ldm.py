@@ -205,6 +205,7 @@ def test_the_same_command_gives_the_same_bytes(latent, calibrated, tmp_path):
 
 @pytest.mark.parametrize("flag", [(), ("--resume",)], ids=["implied", "--resume"])
 @pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+@pytest.mark.cases("ckpt.pth---resume", "ckpt.safetensors-implied")
 def test_loading_gives_the_calibrating_runs_images(latent, calibrated, tmp_path, name, flag):
     run = sample_ldm(latent.ldm, tmp_path / "out", *W4A8, "--cali_ckpt", calibrated / name, *flag)
     assert images(run, "img") == images(calibrated, "img") and sorted(tree(run)) == FILES

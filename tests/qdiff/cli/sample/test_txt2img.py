@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from latents import TXT2IMG, all_pixels, as_safetensors, assert_close, images, pixels, txt2img
-from running import call, launch, passed, refused, tree
+from running import call, passed, refused, tree
 
 from qdiff.checkpoints.native import load_checkpoint
 from qdiff.nn.layers import quant_layers
@@ -42,7 +42,7 @@ def one(latent, folder, *flags):
 def test_what_is_written(latent, plain, tmp_path):
     """In a process of its own, from another folder, and by the model's folder: the same bytes."""
     flags = ("--ckpt", latent.sd.folder, *TXT2IMG, *CAT)
-    result = passed(launch("txt2img", *flags, "--outdir", "out", cwd=tmp_path))
+    result = passed(call("txt2img", *flags, "--outdir", "out"))
     (run,) = (tmp_path / "out").iterdir()
     assert re.fullmatch(r"\d{4}(-\d\d){5}", run.name) and result.bars == ["sampling"]
     where = f"out/{run.name}"
@@ -241,6 +241,7 @@ def test_the_same_command_gives_the_same_bytes(latent, calibrated, tmp_path):
 
 @pytest.mark.parametrize("flag", [(), ("--resume",)], ids=["implied", "--resume"])
 @pytest.mark.parametrize("name", ["ckpt.pth", "ckpt.safetensors"])
+@pytest.mark.cases("ckpt.pth-implied", "ckpt.safetensors---resume")
 def test_loading_gives_the_calibrating_runs_images(latent, calibrated, tmp_path, name, flag):
     run = txt2img(latent.sd, tmp_path / "out", *CAT, "--plms", *W4A8, "--cali_ckpt", calibrated / name, *flag)
     assert images(run) == images(calibrated) and sorted(tree(run)) == FILES

@@ -44,6 +44,7 @@ def inputs_of(network, names, *arguments):
 
 
 @pytest.mark.parametrize("name, family", [*((name, "pixel") for name in LAYER_RECIPES), ("w8a8", "latent")])
+@pytest.mark.cases("w4a8 groups-pixel", "w8a8-latent", "weights only-pixel")
 def test_layers_alone(name, family, quantized, quantized_latent, generator, device):
     """Every kind of layer: strided and split, linear, one-dimensional; alone, with an addend, and as a plain layer."""
     recipe = LAYER_RECIPES[name]
@@ -64,6 +65,7 @@ def test_layers_alone(name, family, quantized, quantized_latent, generator, devi
             assert torch.equal(plain_layer(layer).weight, weight)
 
 
+@pytest.mark.long
 def test_a_pixel_network(quantized, adapter, generator, device):
     """In half precision, in a later step group: inputs in any dtype, predictions in theirs; scales stay
     float32, and a chosen layer is a plain one, which leaves its norm float."""
@@ -82,6 +84,7 @@ def test_a_pixel_network(quantized, adapter, generator, device):
 
 
 @pytest.mark.parametrize("form, attention", [("transformer", "integer"), ("labels", "float")])
+@pytest.mark.cases("transformer-integer")
 def test_a_latent_network(quantized_latent, latent_states, latent_adapter, form, attention, device):
     """Transformers; and norms before a resampling or the embedding's scale and shift, which stay float."""
     sizes = {"channel_mult": [1], "attention_resolutions": [1]} if form == "transformer" else {}

@@ -40,6 +40,7 @@ def flags(names, true=()):
 
 
 @pytest.mark.parametrize("weights", ["bytes", "nibbles", "weight-only"])
+@pytest.mark.cases("nibbles", "weight-only")
 def test_products(weights):
     nibbles, float_ = weights == "nibbles", weights == "weight-only"
     config = (product.FLOAT_CONFIGS if float_ else product.INTEGER_CONFIGS)[0]
