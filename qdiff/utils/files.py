@@ -26,6 +26,11 @@ from qdiff.utils.pickles import Unfit, check_tensors, check_unread, foreign
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def has_bundled_models() -> bool:
+    """Whether the bundled models are there: in a clone, and not beside an installed wheel."""
+    return (REPOSITORY / "models" / "cifar10-features").is_dir()
+
+
 def find_shipped(path: str | Path) -> Path:
     """A configuration or recipe as it is named: from the current folder, or as the toolkit brings it, in a clone or
     from a wheel. What is nowhere comes back as it is."""

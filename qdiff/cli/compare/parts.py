@@ -30,7 +30,7 @@ from qdiff.cli.progress import CalibrationLog, peak_memory
 from qdiff.evaluation.cost import float_bytes, stored_bytes
 from qdiff.evaluation.similarity import pooled_psnr_db, to_uint8
 from qdiff.utils.devices import describe_device
-from qdiff.utils.files import read_json, save_safetensors, write_text
+from qdiff.utils.files import has_bundled_models, read_json, save_safetensors, write_text
 from qdiff.utils.team import Team
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def fd_to_float(images: Tensor, reference: Tensor) -> float | None:
 
 
 def _of_cifar(images: Tensor) -> bool:
-    return images.shape[1:] == (3, 32, 32) and len(images) > 1
+    return images.shape[1:] == (3, 32, 32) and len(images) > 1 and has_bundled_models()
 
 
 def calibrated(comparison: Comparison, entry: Entry, model: LoadedModel, team: Team) -> nn.Module:

@@ -45,6 +45,7 @@ from qdiff.evaluation.intervals import (
 )
 from qdiff.evaluation.pairs import Pairs, pair_up
 from qdiff.evaluation.table import FD_NAME
+from qdiff.utils.files import has_bundled_models
 
 NARROW = 512  # features up to which resampling is cheap
 DRAWS, WIDE_DRAWS = 100, 20  # resamples by default, of narrow features and of wide ones
@@ -184,6 +185,8 @@ class Judge:
 
     def _extractor(self, network: str) -> Extractor:
         """A network with all layers that the chosen metrics take. Raises NotThere without its weights."""
+        if network == CIFAR10 and not has_bundled_models():
+            raise NotThere("no bundled CIFAR-10 features: they are in the repository's folder models")
         given = {INCEPTION: self.args.inception, VGG: self.args.vgg}.get(network)
         weights = found_weights(network) if given is None else given
         if weights is None:

@@ -21,6 +21,7 @@ from qdiff.evaluation.pairs import few
 from qdiff.evaluation.perceptual import CIFAR10_METRIC, LPIPS_FILES, Cifar10Distance, Lpips, lpips_folder
 from qdiff.evaluation.prompts import class_of_prompt, named_classes
 from qdiff.evaluation.similarity import SSIM_WINDOW, decibels, squared_errors, ssim
+from qdiff.utils.files import has_bundled_models
 
 PAIRED = ("psnr", "ssim", "lpips", "perceptual")
 PROMPTED = ("clip", "accuracy")
@@ -93,7 +94,12 @@ class Comparer:
 
     def _tool(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._tools:
-            self._tools[name] = make()
+            try:
+                self._tools[name] = make()
+            except FileNotFoundError as error:
+                if has_bundled_models():
+                    raise
+                raise NotThere("its network is in the repository's folder models") from error
         return self._tools[name]
 
     def _paired_scores(self, name: str, values: Tensor, against: str) -> list[Score]:
