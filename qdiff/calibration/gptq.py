@@ -66,7 +66,7 @@ def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: Compens
     diagonal of H; H is damped by `options.damping` times the mean of its diagonal; columns of dead inputs become 0.
     """
     scales, zeros, part = _column_grids(layer)
-    lo, hi = layer.weight_quantizers[0].spec.lo, layer.weight_quantizers[0].spec.hi
+    qmin, qmax = layer.weight_quantizers[0].spec.qmin, layer.weight_quantizers[0].spec.qmax
     weight, moment = base.flatten(1).clone(), moment.clone()
     diagonal = moment.diagonal()
     dead = diagonal == 0
@@ -85,7 +85,7 @@ def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: Compens
         errors = torch.empty_like(chunk)
         for i in range(stop - start):
             column, (scale, zero) = chunk[:, i], grids[start + i]
-            code = torch.div(column, scale).round_().add_(zero).clamp_(lo, hi)
+            code = torch.div(column, scale).round_().add_(zero).clamp_(qmin, qmax)
             error = (column - (code - zero) * scale) / factor[i, i]
             chunk[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
             codes[:, start + i], errors[:, i] = code, error

@@ -66,7 +66,7 @@ def packed_state(network: nn.Module) -> dict[str, Tensor]:
         if layer.weight_quantizers:
             spec = layer.weight_quantizers[0].spec
             del state[f"{name}.weight"]
-            state[f"{name}.codes"] = pack_codes(layer.codes, spec.bits, spec.lo)
+            state[f"{name}.codes"] = pack_codes(layer.codes, spec.bits, spec.qmin)
     for key in [key for key in state if key.endswith(".zero_point")]:
         of_weight = "weight_quantizer" in key
         state[key] = _integers(state[key], torch.int16 if of_weight else torch.int32, key)
@@ -244,7 +244,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for _, layer, packed in file.layers():
         spec = layer.weight_quantizers[0].spec
         layer.materialize()
-        layer.freeze(unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo))
+        layer.freeze(unpack_codes(packed, spec.bits, layer.weight.shape, spec.qmin))
     return file.finish()
 
 

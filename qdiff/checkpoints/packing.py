@@ -16,15 +16,15 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack_codes(codes: Tensor, bits: int, lo: int = 0) -> Tensor:
-    """codes: integers in [lo, lo + 2^bits - 1], any shape, bits 1 ... 8. Returns [bytes] uint8.
+def pack_codes(codes: Tensor, bits: int, qmin: int = 0) -> Tensor:
+    """codes: integers in [qmin, qmin + 2^bits - 1], any shape, bits 1 ... 8. Returns [bytes] uint8.
 
     Raises ValueError for codes outside that range.
     """
-    levels = codes.flatten().to(torch.int16) - lo
+    levels = codes.flatten().to(torch.int16) - qmin
     if levels.numel() and (int(levels.min()) < 0 or int(levels.max()) >= 2**bits):
         found = f"{int(codes.min())} ... {int(codes.max())}"
-        raise ValueError(f"codes of {bits} bits from {lo} on: found codes {found}")
+        raise ValueError(f"codes of {bits} bits from {qmin} on: found codes {found}")
     levels = levels.to(torch.uint8).cpu()
     if 8 % bits == 0:
         return _pack_whole(levels, bits)
@@ -51,8 +51,8 @@ def check_packed(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...])
         )
 
 
-def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], lo: int = 0) -> Tensor:
-    """The inverse of `pack_codes`: integers of the given shape, uint8 for lo = 0 and int8 otherwise.
+def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...], qmin: int = 0) -> Tensor:
+    """The inverse of `pack_codes`: integers of the given shape, uint8 for qmin = 0 and int8 otherwise.
 
     Raises ValueError when the number of bytes does not fit.
     """
@@ -66,4 +66,4 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
         planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
         levels = torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0])
     levels = levels.view(tuple(shape))
-    return levels if lo == 0 else (levels.to(torch.int16) + lo).to(torch.int8)
+    return levels if qmin == 0 else (levels.to(torch.int16) + qmin).to(torch.int8)

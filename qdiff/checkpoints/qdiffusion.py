@@ -214,13 +214,13 @@ def _fill_layer(name: str, layer: QuantLayer, state: dict[str, Tensor]) -> None:
     for part, quantizer, suffix in zip(layer.slices, layer.weight_quantizers, ("", "_0"), strict=False):
         key = f"{name}.weight_quantizer{suffix}"
         scale, zero, alpha = (_take(state, f"{key}.{end}") for end in ("delta", "zero_point", "alpha"))
-        zero = zero + quantizer.spec.lo  # the file's codes start at 0
+        zero = zero + quantizer.spec.qmin  # the file's codes start at 0
         rows = quantizer.scale.shape[0]  # 1 for a grid per tensor, of which every row of the file has a copy
         quantizer.set_grid(scale[:rows], zero[:rows])
         # In the network's dtype, as the original computes it: a ratio near a whole number must fall as it does there.
         dtype = layer.weight.dtype
         above = torch.floor(weight[:, part].to(dtype) / scale.to(dtype)) + (alpha >= 0) + zero
-        codes.append(above.clamp(quantizer.spec.lo, quantizer.spec.hi))
+        codes.append(above.clamp(quantizer.spec.qmin, quantizer.spec.qmax))
     layer.freeze(torch.cat(codes, 1))
 
 
@@ -256,7 +256,7 @@ def published_state(
         weight = layer.weight.detach().clone()
         for part, quantizer, suffix in zip(layer.slices, layer.weight_quantizers, ("", "_0"), strict=False):
             original = None if float_weights is None else float_weights[name][:, part]
-            shift = -quantizer.spec.lo  # the original's codes start at 0
+            shift = -quantizer.spec.qmin  # the original's codes start at 0
             base, alpha = _rounding_that_gives(layer.codes[:, part] + float(shift), quantizer, original, shift)
             weight[:, part] = base
             key = f"{PREFIX}{name}.weight_quantizer{suffix}"

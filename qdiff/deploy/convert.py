@@ -42,7 +42,7 @@ def integer_network(network: nn.Module, attention: str | None = None) -> nn.Modu
         if isinstance(module, QuantLayer) and module.weight_quantizers:
             steps = steps_of(module.act_quantizers[0].steps if module.act_quantizers else network.step_table)
             spec = module.weight_quantizers[0].spec
-            packed = pack_codes(module.codes, spec.bits, spec.lo).to(module.codes.device)
+            packed = pack_codes(module.codes, spec.bits, spec.qmin).to(module.codes.device)
             memo[id(module)] = integer_layer(module, packed, steps)
         elif (found := _integer_attention(module, steps_of(network.step_table), attention)) is not None:
             memo[id(module)] = found

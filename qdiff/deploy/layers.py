@@ -108,9 +108,9 @@ class IntegerPart(nn.Module):
         return int(torch.Size(self.shape[1:]).numel())
 
     def codes(self) -> Tensor:
-        """[O, channels, ...] int16, in [lo, hi]."""
+        """[O, channels, ...] int16, in [qmin, qmax]."""
         spec = self.weight_spec
-        return unpack_codes(self.packed, spec.bits, self.shape, spec.lo).to(self.packed.device, torch.int16)
+        return unpack_codes(self.packed, spec.bits, self.shape, spec.qmin).to(self.packed.device, torch.int16)
 
     def centred(self) -> Tensor:
         """[O, channels, ...] int16: code - zero point."""
@@ -247,12 +247,12 @@ def _matmul(a_grid: OperandGrid, a: Tensor, b_grid: OperandGrid, b: Tensor, tran
 def packed_parts(layer: QuantLayer, packed: Tensor, steps: StepTable) -> list[IntegerPart]:
     """The parts of a calibrated layer with the given codes, packed; the layer's own may be absent (meta)."""
     quantizers, spec = layer.act_quantizers, layer.weight_quantizers[0].spec
-    codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo) if len(layer.slices) > 1 else None
+    codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.qmin) if len(layer.slices) > 1 else None
     parts = []
     for i, (channels, quantizer) in enumerate(zip(layer.slices, layer.weight_quantizers, strict=True)):
         grid = OperandGrid(quantizers[i], steps) if quantizers and quantizers[i].enabled else None
         shape = (layer.weight.shape[0], channels.stop - channels.start, *layer.weight.shape[2:])
-        own = packed if codes is None else pack_codes(codes[:, channels], spec.bits, spec.lo).to(packed.device)
+        own = packed if codes is None else pack_codes(codes[:, channels], spec.bits, spec.qmin).to(packed.device)
         parts.append(IntegerPart(channels, spec, shape, own, quantizer.scale, quantizer.zero_point, grid))
     return parts
 

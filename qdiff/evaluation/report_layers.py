@@ -60,14 +60,14 @@ def layer_rows(path: Path | str) -> list[dict[str, Any]]:
 def _weights(layer: QuantLayer, packed: Tensor) -> list[dict[str, Any]]:
     """For each part of a layer."""
     spec = layer.weight_quantizers[0].spec
-    codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.lo)
+    codes = unpack_codes(packed, spec.bits, layer.weight.shape, spec.qmin)
     return [_part(codes[:, part], q) for part, q in zip(layer.slices, layer.weight_quantizers, strict=True)]
 
 
 def _part(codes: Tensor, quantizer: WeightQuantizer) -> dict[str, Any]:
     spec, flat = quantizer.spec, codes.flatten(1)
     scale, zero = quantizer.scale.flatten(), quantizer.zero_point.flatten()
-    at_ends = (flat == spec.lo) | (flat == spec.hi)
+    at_ends = (flat == spec.qmin) | (flat == spec.qmax)
     return {
         "weight_bits": spec.bits,
         "weight_low": ((flat.amin(1) - zero) * scale).min().item(),
@@ -85,8 +85,8 @@ def _activations(quantizer: ActQuantizer) -> dict[str, Any]:
         "scale_high": scale.max().item(),
         "zero_low": zero.min().item(),
         "zero_high": zero.max().item(),
-        "act_low": ((spec.lo - zero) * scale).min().item(),
-        "act_high": ((spec.hi - zero) * scale).max().item(),
+        "act_low": ((spec.qmin - zero) * scale).min().item(),
+        "act_high": ((spec.qmax - zero) * scale).max().item(),
     }
 
 

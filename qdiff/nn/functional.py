@@ -14,8 +14,8 @@ GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid, AdaRound (arXiv 2004.1
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """x: any shape; scale, zero_point: broadcastable to it. Returns the codes in [lo, hi], as x's dtype."""
-    return (torch.round(x / scale) + zero_point).clamp_(spec.lo, spec.hi)
+    """x: any shape; scale, zero_point: broadcastable to it. Returns the codes in [qmin, qmax], as x's dtype."""
+    return (torch.round(x / scale) + zero_point).clamp_(spec.qmin, spec.qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -26,15 +26,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     """Straight-through rounding with the clipping's true gradient, for x and for the scale.
 
-    x^ = (clip(round(x/s) + z, lo, hi) - z) s: inside the range dx^/dx = 1 and dx^/ds = round(x/s) - x/s, outside
+    x^ = (clip(round(x/s) + z, qmin, qmax) - z) s: inside the range dx^/dx = 1 and dx^/ds = round(x/s) - x/s, outside
     dx^/dx = 0 and dx^/ds = clipped code - z (the gradient that autograd derives when round passes it straight through).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, lo: int, hi: int) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         ratio = x / scale
         shifted = torch.round(ratio).add_(zero_point)
-        centred = shifted.clamp(lo, hi)
+        centred = shifted.clamp(qmin, qmax)
         inside = centred == shifted
         centred.sub_(zero_point)
         ctx.save_for_backward(inside, torch.where(inside, centred - ratio, centred), scale)
@@ -60,19 +60,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         kernels = fused_kernels(x, scale) if scale.numel() == 1 else None
         function = _FakeQuantize if kernels is None else kernels.FusedFakeQuantize
-        return function.apply(x, scale, zero_point, spec.lo, spec.hi)
+        return function.apply(x, scale, zero_point, spec.qmin, spec.qmax)
     if not x.is_cpu and x.dtype == torch.float32 and scale.numel() == 1:
         return fused_fake_quantize(x, scale, zero_point, spec)
     snapped = (x / scale).round_()
     if spec.kind in ("signed", "unsigned"):  # the zero point is 0
-        return snapped.clamp_(spec.lo, spec.hi).mul_(scale)
-    return snapped.add_(zero_point).clamp_(spec.lo, spec.hi).sub_(zero_point).mul_(scale)
+        return snapped.clamp_(spec.qmin, spec.qmax).mul_(scale)
+    return snapped.add_(zero_point).clamp_(spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
 
 
 def fused_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """`fake_quantize` of a float32 tensor under one scale as a single kernel of PyTorch's, without gradients."""
     zero = zero_point.to(torch.int32).reshape(())
-    return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, spec.lo, spec.hi)
+    return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, spec.qmin, spec.qmax)
 
 
 def fused_kernels(x: Tensor, scale: Tensor) -> ModuleType | None:
@@ -101,26 +101,26 @@ def sharpen(h: Tensor, exponent: float) -> Tensor:
 
 
 def soft_quantize(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
-    """The weight scale * (clip(floor(base/scale) + h(alpha) + z, lo, hi) - z); gradients reach alpha."""
+    """The weight scale * (clip(floor(base/scale) + h(alpha) + z, qmin, qmax) - z); gradients reach alpha."""
     if torch.is_grad_enabled() and alpha.requires_grad and (kernels := fused_kernels(base, scale)) is not None:
         return kernels.FusedSoftRound.apply(base, scale, zero_point, alpha, spec)
-    codes = (torch.floor(base / scale) + soft_round(alpha) + zero_point).clamp(spec.lo, spec.hi)
+    codes = (torch.floor(base / scale) + soft_round(alpha) + zero_point).clamp(spec.qmin, spec.qmax)
     return (codes - zero_point) * scale
 
 
 def hard_codes(base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
-    """The codes clip(floor(base/scale) + [alpha >= 0] + z, lo, hi) that `soft_quantize` hardens to, as float."""
-    return (torch.floor(base / scale) + (alpha >= 0) + zero_point).clamp(spec.lo, spec.hi)
+    """The codes clip(floor(base/scale) + [alpha >= 0] + z, qmin, qmax) that `soft_quantize` hardens to, as float."""
+    return (torch.floor(base / scale) + (alpha >= 0) + zero_point).clamp(spec.qmin, spec.qmax)
 
 
 def offset_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
-    """The weight scale * (clip(floor(weight/scale) + offset + z, lo, hi) - z); gradients reach weight inside the range,
-    straight through floor."""
+    """The weight scale * (clip(floor(weight/scale) + offset + z, qmin, qmax) - z); gradients reach weight inside the
+    range, straight through floor."""
     ratio = weight / scale
     floored = ratio + (torch.floor(ratio) - ratio).detach()
-    return ((floored + offset + zero_point).clamp(spec.lo, spec.hi) - zero_point) * scale
+    return ((floored + offset + zero_point).clamp(spec.qmin, spec.qmax) - zero_point) * scale
 
 
 def offset_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
     """The codes of `offset_quantize`, as float."""
-    return (torch.floor(weight / scale) + offset + zero_point).clamp(spec.lo, spec.hi)
+    return (torch.floor(weight / scale) + offset + zero_point).clamp(spec.qmin, spec.qmax)

@@ -45,17 +45,17 @@ if triton is not None:
         return (tl.minimum(tl.maximum(ratio, -FAR), FAR) + MAGIC) - MAGIC
 
     @triton.jit
-    def _fake_quantize_forward(x_at, scale_at, zero_at, out_at, count, lo, hi, size: tl.constexpr):
+    def _fake_quantize_forward(x_at, scale_at, zero_at, out_at, count, qmin, qmax, size: tl.constexpr):
         offsets = tl.program_id(0) * size + tl.arange(0, size)
         inside = offsets < count
         x = tl.load(x_at + offsets, mask=inside, other=0.0)
         scale, zero = tl.load(scale_at), tl.load(zero_at)
-        codes = tl.minimum(tl.maximum(_round(tl.div_rn(x, scale)) + zero, lo), hi)
+        codes = tl.minimum(tl.maximum(_round(tl.div_rn(x, scale)) + zero, qmin), qmax)
         tl.store(out_at + offsets, (codes - zero) * scale, mask=inside)
 
     @triton.jit
     def _fake_quantize_backward(
-        x_at, grad_at, scale_at, zero_at, grad_x_at, sums_at, count, lo, hi, size: tl.constexpr
+        x_at, grad_at, scale_at, zero_at, grad_x_at, sums_at, count, qmin, qmax, size: tl.constexpr
     ):
         offsets = tl.program_id(0) * size + tl.arange(0, size)
         inside = offsets < count
@@ -64,14 +64,14 @@ if triton is not None:
         scale, zero = tl.load(scale_at), tl.load(zero_at)
         ratio = tl.div_rn(x, scale)
         shifted = _round(ratio) + zero
-        codes = tl.minimum(tl.maximum(shifted, lo), hi)
+        codes = tl.minimum(tl.maximum(shifted, qmin), qmax)
         kept = codes == shifted
         by_scale = tl.where(kept, (codes - zero) - ratio, codes - zero)
         tl.store(grad_x_at + offsets, tl.where(kept, grad, 0.0), mask=inside)
         tl.store(sums_at + tl.program_id(0), tl.sum(grad * by_scale))
 
     @triton.jit
-    def _soft_round_forward(base_at, scale_at, zero_at, alpha_at, out_at, count, width, lo, hi, size: tl.constexpr):
+    def _soft_round_forward(base_at, scale_at, zero_at, alpha_at, out_at, count, width, qmin, qmax, size: tl.constexpr):
         offsets = tl.program_id(0) * size + tl.arange(0, size)
         inside = offsets < count
         base = tl.load(base_at + offsets, mask=inside, other=0.0)
@@ -79,12 +79,12 @@ if triton is not None:
         scale = tl.load(scale_at + offsets // width, mask=inside, other=1.0)
         zero = tl.load(zero_at + offsets // width, mask=inside, other=0.0)
         share = tl.minimum(tl.maximum(tl.sigmoid(alpha) * STRETCH + OFFSET, 0.0), 1.0)
-        codes = tl.minimum(tl.maximum(tl.floor(tl.div_rn(base, scale)) + share + zero, lo), hi)
+        codes = tl.minimum(tl.maximum(tl.floor(tl.div_rn(base, scale)) + share + zero, qmin), qmax)
         tl.store(out_at + offsets, (codes - zero) * scale, mask=inside)
 
     @triton.jit
     def _soft_round_backward(
-        base_at, scale_at, zero_at, alpha_at, grad_at, grad_alpha_at, count, width, lo, hi, size: tl.constexpr
+        base_at, scale_at, zero_at, alpha_at, grad_at, grad_alpha_at, count, width, qmin, qmax, size: tl.constexpr
     ):
         offsets = tl.program_id(0) * size + tl.arange(0, size)
         inside = offsets < count
@@ -97,7 +97,7 @@ if triton is not None:
         raw = sigmoid * STRETCH + OFFSET
         share = tl.minimum(tl.maximum(raw, 0.0), 1.0)
         codes = tl.floor(tl.div_rn(base, scale)) + share + zero
-        passes = (raw >= 0.0) & (raw <= 1.0) & (codes >= lo) & (codes <= hi)
+        passes = (raw >= 0.0) & (raw <= 1.0) & (codes >= qmin) & (codes <= qmax)
         slope = sigmoid * (1.0 - sigmoid) * STRETCH
         tl.store(grad_alpha_at + offsets, tl.where(passes, grad * scale * slope, 0.0), mask=inside)
 
@@ -106,12 +106,12 @@ class FusedFakeQuantize(torch.autograd.Function):
     """`qdiff.nn.functional.fake_quantize` under a single scale; keeps only x for the way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, lo: int, hi: int) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         out, count = torch.empty_like(x), x.numel()
         if count:
-            _fake_quantize_forward[_grid(count)](x, scale, zero_point, out, count, float(lo), float(hi), BLOCK)
+            _fake_quantize_forward[_grid(count)](x, scale, zero_point, out, count, float(qmin), float(qmax), BLOCK)
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.bounds = float(lo), float(hi)
+        ctx.bounds = float(qmin), float(qmax)
         return out
 
     @staticmethod
@@ -131,7 +131,7 @@ class FusedSoftRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx, base: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor, spec: QuantSpec) -> Tensor:
         out, count = torch.empty_like(base), base.numel()
-        ctx.numbers = count, count // scale.numel(), float(spec.lo), float(spec.hi)
+        ctx.numbers = count, count // scale.numel(), float(spec.qmin), float(spec.qmax)
         _soft_round_forward[_grid(count)](base, scale, zero_point, alpha, out, *ctx.numbers, BLOCK)
         ctx.save_for_backward(base, scale, zero_point, alpha)
         return out

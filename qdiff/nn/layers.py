@@ -50,7 +50,7 @@ class QuantLayer(nn.Module):
                 quantizer = ActQuantizer(act_spec, steps, part.stop - part.start, self.channel_axis)
                 setattr(self, f"act_quantizer{suffix}", quantizer)
         if weight_spec is not None:
-            dtype = torch.int8 if weight_spec.lo < 0 else torch.uint8
+            dtype = torch.int8 if weight_spec.qmin < 0 else torch.uint8
             codes = torch.zeros(layer.weight.shape, dtype=dtype, device=layer.weight.device)
             self.register_buffer("codes", codes, persistent=False)
 

@@ -39,7 +39,7 @@ def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = 
     span = high - low if raw_min else zero_high - zero_low
     scale = (span / levels).clamp_min(TINY)
     zero_point = torch.round(-zero_low / scale)
-    return scale, zero_point if raw_min else zero_point.clamp(spec.lo, spec.hi)
+    return scale, zero_point if raw_min else zero_point.clamp(spec.qmin, spec.qmax)
 
 
 def _mid_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _errors(values: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, p: flo
     """values [R, K]; lows, highs [M, R]. Returns [M, R], the mean |x - x^|^p; every step in one buffer of [M, R, K]."""
     grids = grid_from_range(lows.flatten(), highs.flatten(), spec)
     scale, zero = (grid.view(*lows.shape, 1) for grid in grids)
-    snapped = (values / scale).round_().add_(zero).clamp_(spec.lo, spec.hi).sub_(zero).mul_(scale)
+    snapped = (values / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax).sub_(zero).mul_(scale)
     return snapped.sub_(values).abs_().pow_(p).mean(-1)
 
 

@@ -20,7 +20,7 @@ AXES = ("tensor", "out_channel", "in_channel")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A uniform grid x = (code - zero_point) * scale with code in [lo, hi].
+    """A uniform grid x = (code - zero_point) * scale with code in [qmin, qmax].
 
     `kind`: "affine" codes 0 ... 2^b - 1 with any zero point; "signed" codes -2^(b-1) ... 2^(b-1) - 1, zero point 0;
     "unsigned" codes 0 ... 2^b - 1, zero point 0 (softmax outputs); "unsigned_mid" unsigned codes with the zero point in
@@ -38,14 +38,14 @@ class QuantSpec:
         one_of("axis", self.axis, AXES)
 
     @property
-    def lo(self) -> int:
+    def qmin(self) -> int:
         """Smallest code."""
         return -(2 ** (self.bits - 1)) if self.kind == "signed" else 0
 
     @property
-    def hi(self) -> int:
+    def qmax(self) -> int:
         """Largest code."""
-        return self.lo + 2**self.bits - 1
+        return self.qmin + 2**self.bits - 1
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def integer_attention(
     arguments = [
         q_codes, k_codes, v_codes, out, q_sums, k_sums, v_sums, grids.q.zero if sets is None else sets, *tables,
         queries, keys, heads, channels, values, v_codes.shape[-1], 1 if sets is None else samples // len(sets),
-        score_scale * LOG2_E, float(grids.w.lo), float(grids.w.hi),
+        score_scale * LOG2_E, float(grids.w.qmin), float(grids.w.qmax),
     ]  # fmt: skip
     flags = {
         "HAS_SETS": sets is not None, "HAS_Q_ZERO": not grids.q.centred, "HAS_K_ZERO": not grids.k.centred,

@@ -49,7 +49,7 @@ class KernelWeight(nn.Module):
         taps = taps.permute(0, 2, 3, 1).to(torch.int16)
         scale, zero = scale.float().contiguous(), zero.to(torch.int32)
         if spec.bits <= NIBBLE_BITS:
-            stored, zero = _pack_nibbles(taps - spec.lo), zero - spec.lo
+            stored, zero = _pack_nibbles(taps - spec.qmin), zero - spec.qmin
         else:
             stored, zero = _signed_bytes(taps, zero)
         return cls(stored, scale, zero.contiguous() if bool(zero.any()) else None, channels)
@@ -97,7 +97,7 @@ def _signed_bytes(codes: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 class ActGrid(nn.Module):
     """A grid of activations under one scale per parameter set, for codes stored as signed bytes (or wider, in `shift`).
 
-    scale: [groups] float32; zero: [groups] int32, the stored code of value 0; lo, hi: ends of the stored codes.
+    scale: [groups] float32; zero: [groups] int32, the stored code of value 0; qmin, qmax: ends of the stored codes.
     Arguments are those of the grid itself, before the shift.
     """
 
@@ -107,13 +107,13 @@ class ActGrid(nn.Module):
         if scale.dim() != 1:
             raise ValueError(f"integer activations: expected one scale per parameter set, found {list(scale.shape)}")
         self.bits = spec.bits
-        shift = 2 ** (spec.bits - 1) if spec.hi >= 2 ** (max(spec.bits, 8) - 1) else 0
-        self.lo, self.hi = spec.lo - shift, spec.hi - shift
+        shift = 2 ** (spec.bits - 1) if spec.qmax >= 2 ** (max(spec.bits, 8) - 1) else 0
+        self.qmin, self.qmax = spec.qmin - shift, spec.qmax - shift
         self.register_buffer("scale", scale.float().contiguous())
         self.register_buffer("zero", zero.to(torch.int32).contiguous() - shift)
         self.centred = not bool(self.zero.any())  # asked once: kernels then leave the correction out
 
     def same_as(self, other: ActGrid) -> bool:
         """Whether both give the same codes for every input, in every parameter set."""
-        ends = (self.lo, self.hi) == (other.lo, other.hi)
+        ends = (self.qmin, self.qmax) == (other.qmin, other.qmax)
         return ends and torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)

@@ -78,7 +78,7 @@ def _merge(
 @triton.jit
 def _group_norm(
     x_at, out_at, statistics_at, weight_at, bias_at, scale_at, zero_at, sets_at,
-    pixels, channels, width, groups, x_stride, samples_per_set, lo, hi,
+    pixels, channels, width, groups, x_stride, samples_per_set, qmin, qmax,
     SILU: tl.constexpr, HAS_SETS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalise, scale and shift a tile of one sample, put it through SiLU if asked to, and write its codes."""
@@ -98,14 +98,14 @@ def _group_norm(
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     chosen = set_of(sample, True, sets_at, samples_per_set, HAS_SETS)
-    codes = to_codes(y, tl.load(scale_at + chosen), tl.load(zero_at + chosen).to(tl.float32), lo, hi)
+    codes = to_codes(y, tl.load(scale_at + chosen), tl.load(zero_at + chosen).to(tl.float32), qmin, qmax)
     tl.store(out_at + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask=mask)
 
 
 @triton.jit
 def _layer_norm(
-    x_at, out_at, weight_at, bias_at, scale_at, zero_at, sets_at, rows, channels, x_stride, rows_per_set, lo, hi, eps,
-    HAS_SETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_at, out_at, weight_at, bias_at, scale_at, zero_at, sets_at, rows, channels, x_stride, rows_per_set, qmin, qmax,
+    eps, HAS_SETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The codes of BLOCK_R normalised rows; a row fits a tile, so that it is read once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -121,7 +121,7 @@ def _layer_norm(
     y = deviation * rstd[:, None] * weight[None, :] + bias[None, :]
     chosen = set_of(row, valid, sets_at, rows_per_set, HAS_SETS)
     scale, zero = tl.load(scale_at + chosen)[:, None], tl.load(zero_at + chosen).to(tl.float32)[:, None]
-    codes = to_codes(y, scale, zero, lo, hi)
+    codes = to_codes(y, scale, zero, qmin, qmax)
     tl.store(out_at + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask=mask)
 
 
@@ -142,7 +142,7 @@ def group_norm_codes(
         _group_norm[programs](
             x, out, statistics, weight, bias, grid.scale, grid.zero, grid.zero if sets is None else sets,
             pixels, channels, channels // groups, groups, x.stride(0), spread(samples, sets),
-            float(grid.lo), float(grid.hi), SILU=silu, HAS_SETS=sets is not None,
+            float(grid.qmin), float(grid.qmax), SILU=silu, HAS_SETS=sets is not None,
             BLOCK_P=BLOCK_PIXELS, BLOCK_C=BLOCK_CHANNELS,
         )  # fmt: skip
     return out
@@ -183,7 +183,7 @@ def layer_norm_codes(x: Tensor, weight: Tensor, bias: Tensor, eps: float, grid: 
     with torch.cuda.device_of(x):
         _layer_norm[(triton.cdiv(x.shape[0], block_r),)](
             x, out, weight, bias, grid.scale, grid.zero, grid.zero if sets is None else sets,
-            x.shape[0], channels, x.stride(0), spread(x.shape[0], sets), float(grid.lo), float(grid.hi), eps,
+            x.shape[0], channels, x.stride(0), spread(x.shape[0], sets), float(grid.qmin), float(grid.qmax), eps,
             HAS_SETS=sets is not None, BLOCK_R=block_r, BLOCK_C=block_c,
         )  # fmt: skip
     return out

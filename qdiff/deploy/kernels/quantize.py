@@ -20,10 +20,10 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a smaller floa
 
 
 @triton.jit
-def to_codes(x, scale, zero, lo, hi):
+def to_codes(x, scale, zero, qmin, qmax):
     """Stored codes of float32 values, as int32; scale, zero (float32) broadcastable to x."""
     ratio = tl.minimum(tl.maximum(tl.div_rn(x, scale), -FAR), FAR)
-    return tl.minimum(tl.maximum((ratio + MAGIC) - MAGIC + zero, lo), hi).to(tl.int32)
+    return tl.minimum(tl.maximum((ratio + MAGIC) - MAGIC + zero, qmin), qmax).to(tl.int32)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def set_of(row, valid, sets_at, rows_per_set, HAS_SETS: tl.constexpr):
 
 @triton.jit
 def _quantize(
-    x_at, out_at, sums_at, scale_at, zero_at, sets_at, rows, channels, x_stride, rows_per_set, lo, hi, factor,
+    x_at, out_at, sums_at, scale_at, zero_at, sets_at, rows, channels, x_stride, rows_per_set, qmin, qmax, factor,
     HAS_SETS: tl.constexpr, HAS_SUMS: tl.constexpr, FROM_CODES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _quantize(
         if FROM_CODES:
             codes = x.to(tl.int32)
         else:
-            codes = to_codes(x.to(tl.float32) * factor, scale, zero, lo, hi)
+            codes = to_codes(x.to(tl.float32) * factor, scale, zero, qmin, qmax)
             tl.store(out_at + row[:, None] * channels + c[None, :], codes.to(tl.int8), mask=mask)
         if HAS_SUMS:
             total += tl.sum(tl.where(mask, codes, 0), 1)
@@ -99,7 +99,7 @@ def _launch(
     block_r, block_c = row_tile(channels)
     dummy = torch.zeros(1, dtype=torch.int32, device=x.device) if grid is None else grid.zero
     tensors = (x, out, total, grid and grid.scale, grid and grid.zero, sets)
-    ends = (0.0, 0.0) if grid is None else (float(grid.lo), float(grid.hi))
+    ends = (0.0, 0.0) if grid is None else (float(grid.qmin), float(grid.qmax))
     with torch.cuda.device_of(x):
         _quantize[(triton.cdiv(rows, block_r),)](
             *(dummy if t is None else t for t in tensors), rows, channels, x.stride(0), spread(rows, sets),

@@ -178,7 +178,7 @@ class Lowering:
         add, number = self.builder.add, lambda value: self.builder.constant(np.float32(value))
         scale, zero = self.per_set(grid.scale), self.per_set(grid.zero.astype(np.float32))
         codes = add("Add", add("Round", add("Div", x, scale)), zero)
-        codes = add("Clip", codes, number(grid.lo), number(grid.hi))
+        codes = add("Clip", codes, number(grid.qmin), number(grid.qmax))
         return add("Mul", add("Sub", codes, zero), scale)
 
 

@@ -17,15 +17,15 @@ from qdiff.recipes.recipe import QuantSpec
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """An activation grid: value = (code - zero) * scale, codes in [lo, hi].
+    """An activation grid: value = (code - zero) * scale, codes in [qmin, qmax].
 
     scale: [sets] float32, or [sets, C] per input channel; zero: the same shape, int64.
     """
 
     scale: np.ndarray
     zero: np.ndarray
-    lo: int
-    hi: int
+    qmin: int
+    qmax: int
 
     @property
     def per_channel(self) -> bool:
@@ -33,7 +33,7 @@ class Grid:
 
     @property
     def bits(self) -> int:
-        return (self.hi - self.lo).bit_length()
+        return (self.qmax - self.qmin).bit_length()
 
     @property
     def in_range(self) -> bool:
@@ -45,11 +45,11 @@ class Grid:
     @property
     def stored_offset(self) -> int:
         """What is added to a code so that it is stored without a sign."""
-        return (128 if self.bits <= 8 else 32768) if self.lo < 0 else 0
+        return (128 if self.bits <= 8 else 32768) if self.qmin < 0 else 0
 
     def times(self, factor: float) -> Grid:
         """The grid of values that are multiplied by `factor` afterwards."""
-        return Grid((self.scale.astype(np.float64) / factor).astype(np.float32), self.zero, self.lo, self.hi)
+        return Grid((self.scale.astype(np.float64) / factor).astype(np.float32), self.zero, self.qmin, self.qmax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
 def _grid(scale: Tensor | None, zero: Tensor | None, spec: QuantSpec | None) -> Grid | None:
     if scale is None:
         return None
-    return Grid(_array(scale, np.float32), _array(zero, np.int64), spec.lo, spec.hi)
+    return Grid(_array(scale, np.float32), _array(zero, np.int64), spec.qmin, spec.qmax)
 
 
 def _quantizer_grid(quantizer: ActQuantizer) -> Grid | None:

@@ -78,7 +78,7 @@ class PortableLowering(Lowering):
 
     def _stored_codes(self, weight: Codes) -> tuple[int | None, np.ndarray, np.ndarray]:
         """ONNX's type that stores the codes, they, and their zero points; no type where none holds all of them."""
-        codes, zero, signed = weight.codes, weight.zero, weight.spec.lo < 0
+        codes, zero, signed = weight.codes, weight.zero, weight.spec.qmin < 0
         if self.four_bit and weight.spec.bits <= 4:
             kind, dtype, low, high = (INT4, np.int8, -8, 7) if signed else (UINT4, np.uint8, 0, 15)
         else:
@@ -102,7 +102,7 @@ class PortableLowering(Lowering):
         scale, zero = self.per_set(grid.scale), self.per_set(grid.zero.astype(dtype))
         if grid.bits not in (8, 16):
             ends = [
-                ((end - grid.zero) * grid.scale.astype(np.float64)).astype(np.float32) for end in (grid.lo, grid.hi)
+                ((end - grid.zero) * grid.scale.astype(np.float64)).astype(np.float32) for end in (grid.qmin, grid.qmax)
             ]
             if grid.per_channel:
                 shape = (len(grid.scale), -1, *[1] * (rank - 1 - axis))
@@ -118,7 +118,7 @@ class PortableLowering(Lowering):
         if not grid.per_channel:
             return self.snap_in_floats(x, grid)
         shape = (len(grid.scale), -1, *[1] * (rank - 1 - axis))
-        return self.snap_in_floats(x, Grid(grid.scale.reshape(shape), grid.zero.reshape(shape), grid.lo, grid.hi))
+        return self.snap_in_floats(x, Grid(grid.scale.reshape(shape), grid.zero.reshape(shape), grid.qmin, grid.qmax))
 
     # Attention
 
@@ -180,8 +180,8 @@ class FourBitLowering(PortableLowering):
 
 def _code_type(grid: Grid) -> type:
     if grid.bits <= 8:
-        return np.int8 if grid.lo < 0 else np.uint8
-    return np.int16 if grid.lo < 0 else np.uint16
+        return np.int8 if grid.qmin < 0 else np.uint8
+    return np.int16 if grid.qmin < 0 else np.uint16
 
 
 def _stores(dtype: type, values: np.ndarray) -> bool:

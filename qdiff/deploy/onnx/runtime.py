@@ -131,7 +131,7 @@ class RuntimeLowering(AttentionByHeads, ChannelsLastNorms, Lowering):
         if grid.bits == 8:
             return codes
         shift = grid.stored_offset - (128 if dtype is np.int8 else 0)
-        ends = [self.builder.constant(dtype(end + shift)) for end in (grid.lo, grid.hi)]
+        ends = [self.builder.constant(dtype(end + shift)) for end in (grid.qmin, grid.qmax)]
         return self.builder.add("Clip", codes, *ends)
 
     def snap(self, x: str, grid: Grid) -> str:

@@ -63,7 +63,7 @@ def plain(layer, base, moment, damping):
     for n, i in enumerate(order):
         q = layer.weight_quantizers[0 if i < starts[0] else 1]
         scale, zero = q.scale.flatten(), q.zero_point.flatten()
-        codes[:, i] = (torch.round(weight[:, i] / scale) + zero).clamp(q.spec.lo, q.spec.hi)
+        codes[:, i] = (torch.round(weight[:, i] / scale) + zero).clamp(q.spec.qmin, q.spec.qmax)
         error = (weight[:, i] - (codes[:, i] - zero) * scale) / inverse[i, i]
         rest = order[n + 1 :]
         weight[:, rest] -= error[:, None] * inverse[i, rest]

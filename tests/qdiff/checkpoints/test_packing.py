@@ -11,22 +11,22 @@ from qdiff.recipes.recipe import QuantSpec
 
 @st.composite
 def coded(draw):
-    """(codes, bits, lo) of any shape, also empty and scalar."""
+    """(codes, bits, qmin) of any shape, also empty and scalar."""
     bits = draw(st.integers(1, 8))
-    lo = draw(st.sampled_from([0, -(2 ** (bits - 1))]))
+    qmin = draw(st.sampled_from([0, -(2 ** (bits - 1))]))
     shape = draw(st.lists(st.integers(0, 5), max_size=4))
     count = int(torch.tensor(shape).prod()) if shape else 1
-    codes = draw(st.lists(st.integers(lo, lo + 2**bits - 1), min_size=count, max_size=count))
-    return torch.tensor(codes, dtype=torch.int16).view(shape), bits, lo
+    codes = draw(st.lists(st.integers(qmin, qmin + 2**bits - 1), min_size=count, max_size=count))
+    return torch.tensor(codes, dtype=torch.int16).view(shape), bits, qmin
 
 
 @given(coded())
 def test_unpacking_undoes_packing(case):
-    codes, bits, lo = case
-    packed = pack_codes(codes, bits, lo)
+    codes, bits, qmin = case
+    packed = pack_codes(codes, bits, qmin)
     assert packed.dtype == torch.uint8 and packed.shape == (packed_bytes(codes.numel(), bits),)
-    back = unpack_codes(packed, bits, codes.shape, lo)
-    assert back.dtype == (torch.uint8 if lo == 0 else torch.int8)
+    back = unpack_codes(packed, bits, codes.shape, qmin)
+    assert back.dtype == (torch.uint8 if qmin == 0 else torch.int8)
     assert torch.equal(back.short(), codes)
 
 
@@ -38,15 +38,15 @@ def test_two_codes_of_4_bits_share_a_byte_low_half_first(dtype):
 
 @given(coded())
 def test_the_stream_is_the_low_bits_of_each_code_in_turn(case):
-    codes, bits, lo = case
-    stream = "".join(f"{code - lo:0{bits}b}"[::-1] for code in codes.flatten().tolist())
+    codes, bits, qmin = case
+    stream = "".join(f"{code - qmin:0{bits}b}"[::-1] for code in codes.flatten().tolist())
     stream += "0" * (-len(stream) % 8)
     expected = [int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)]
-    assert pack_codes(codes, bits, lo).tolist() == expected
+    assert pack_codes(codes, bits, qmin).tolist() == expected
 
 
 def test_signed_codes_are_stored_from_their_smallest_on():
-    assert pack_codes(torch.tensor([-8, 7, -1, 0]), 4, lo=-8).tolist() == [0xF0, 0x87]
+    assert pack_codes(torch.tensor([-8, 7, -1, 0]), 4, qmin=-8).tolist() == [0xF0, 0x87]
 
 
 def test_three_bits_run_across_bytes():
@@ -55,10 +55,10 @@ def test_three_bits_run_across_bytes():
     assert packed_bytes(5, 3) == 2
 
 
-@pytest.mark.parametrize(("codes", "lo"), [([0, 16], 0), ([-1, 3], 0), ([-9], -8), ([8], -8)])
-def test_codes_that_do_not_fit_are_refused(codes, lo):
-    with pytest.raises(ValueError, match=f"4 bits from {lo} on: found codes {min(codes)} ... {max(codes)}"):
-        pack_codes(torch.tensor(codes), 4, lo)
+@pytest.mark.parametrize(("codes", "qmin"), [([0, 16], 0), ([-1, 3], 0), ([-9], -8), ([8], -8)])
+def test_codes_that_do_not_fit_are_refused(codes, qmin):
+    with pytest.raises(ValueError, match=f"4 bits from {qmin} on: found codes {min(codes)} ... {max(codes)}"):
+        pack_codes(torch.tensor(codes), 4, qmin)
 
 
 @pytest.mark.parametrize("count", [2, 4], ids=["too-few", "too-many"])
@@ -71,5 +71,5 @@ def test_a_wrong_number_of_bytes_is_refused(count):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_both_ends_of_a_grid_survive(kind, bits):
     spec = QuantSpec(bits, kind)
-    ends = torch.tensor([spec.lo, spec.hi, spec.lo])
-    assert unpack_codes(pack_codes(ends, bits, spec.lo), bits, ends.shape, spec.lo).tolist() == ends.tolist()
+    ends = torch.tensor([spec.qmin, spec.qmax, spec.qmin])
+    assert unpack_codes(pack_codes(ends, bits, spec.qmin), bits, ends.shape, spec.qmin).tolist() == ends.tolist()

@@ -235,7 +235,7 @@ def test_the_formula_of_the_format_gives_the_codes(quantized, adapter, float_wei
     save_published(path, network, adapter, recipe, float_weights(32, **ONE_LEVEL) if float_base else None)
     state, decoded = torch.load(path, weights_only=True), decode(path, recipe.weights.bits)
     for name, layer in quant_layers(network).items():
-        assert torch.equal(layer.codes.float() - recipe.weights.lo, decoded[name]), name
+        assert torch.equal(layer.codes.float() - recipe.weights.qmin, decoded[name]), name
         for suffix, part in zip(("", "_0"), layer.slices, strict=False):
             key = f"model.{name}.weight_quantizer{suffix}"
             rows = (layer.weight.shape[0], *[1] * (layer.weight.dim() - 1))

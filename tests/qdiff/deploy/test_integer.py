@@ -26,7 +26,7 @@ def whole(generator, shape, largest):
 
 def packed(layer):
     spec = layer.weight_quantizers[0].spec
-    return pack_codes(layer.codes, spec.bits, spec.lo)
+    return pack_codes(layer.codes, spec.bits, spec.qmin)
 
 
 @pytest.mark.parametrize("largest", [1, 15, 255])
@@ -65,9 +65,9 @@ def test_codes_are_those_of_the_simulation(bits, kind, seed):
     x = 3 * torch.randn(64, generator=generator) + torch.randn(1, generator=generator)
     scale, zero = grid_from_range(0.7 * x.min().view(1), 0.7 * x.max().view(1), spec)
     codes = centred_codes(x, scale, zero.to(torch.int32), spec)
-    snapped = torch.round(x / scale).add(zero).clamp(spec.lo, spec.hi).sub(zero).mul(scale)
+    snapped = torch.round(x / scale).add(zero).clamp(spec.qmin, spec.qmax).sub(zero).mul(scale)
     assert torch.equal(codes * scale, snapped)
-    assert torch.equal(codes, codes.round()) and (codes + zero).min() >= spec.lo and (codes + zero).max() <= spec.hi
+    assert torch.equal(codes, codes.round()) and (codes + zero).min() >= spec.qmin and (codes + zero).max() <= spec.qmax
 
 
 def random_layer(kind, generator):

@@ -186,7 +186,7 @@ def test_layers_are_those_of_the_network(saved, recipe):
                 weight, codes, spec = layer.weight[:, part], layer.codes[:, part], layer.weight_quantizers[i].spec
                 assert row["weight_low"] == pytest.approx(weight.min().item(), rel=1e-6)
                 assert row["weight_high"] == pytest.approx(weight.max().item(), rel=1e-6)
-                ends = sum((codes == end).sum().item() for end in (spec.lo, spec.hi)) / codes.numel()
+                ends = sum((codes == end).sum().item() for end in (spec.qmin, spec.qmax)) / codes.numel()
                 assert row["at_ends"] == pytest.approx(100 * ends) and row["weight_bits"] == spec.bits
             else:
                 assert "weight_bits" not in row
@@ -203,7 +203,7 @@ def same_grid(row, quantizer):
     """Compare a row with what the grid makes of very small and very large inputs."""
     wide = torch.tensor([-1e9, 1e9])
     ends = [
-        (torch.clamp((x / s).round() + z, quantizer.spec.lo, quantizer.spec.hi) - z) * s
+        (torch.clamp((x / s).round() + z, quantizer.spec.qmin, quantizer.spec.qmax) - z) * s
         for x in wide
         for s, z in zip(quantizer.scale.flatten(), quantizer.zero_point.flatten(), strict=True)
     ]

@@ -33,7 +33,7 @@ def test_fake_quantization_and_its_gradients(generator, spec, shape):
     weight = torch.randn(shape, generator=generator).to(DEVICE)
     results = []
     for function in (fused.FusedFakeQuantize, arithmetic._FakeQuantize):
-        out = function.apply(x, scale, zero, spec.lo, spec.hi)
+        out = function.apply(x, scale, zero, spec.qmin, spec.qmax)
         results.append((out, *torch.autograd.grad((out * weight).sum(), (x, scale))))
     (out, grad_x, grad_scale), (plain_out, plain_x, plain_scale) = results
     assert torch.equal(out, plain_out) and torch.equal(grad_x, plain_x)
@@ -54,12 +54,12 @@ def test_soft_rounding_and_its_gradient(generator, bits, shape):
     rows = (shape[0], *[1] * (len(shape) - 1))
     base = torch.randn(shape, generator=generator).to(DEVICE)
     scale = (torch.rand(rows, generator=generator) * 0.3 + 0.05).to(DEVICE)
-    zero = torch.randint(0, spec.hi, rows, generator=generator).float().to(DEVICE)
+    zero = torch.randint(0, spec.qmax, rows, generator=generator).float().to(DEVICE)
     alpha = leaf(torch.randn(shape, generator=generator) * 3)
     weight = torch.randn(shape, generator=generator).to(DEVICE)
     out = fused.FusedSoftRound.apply(base, scale, zero, alpha, spec)
     codes = torch.floor(base / scale) + arithmetic.soft_round(alpha) + zero
-    plain = (codes.clamp(spec.lo, spec.hi) - zero) * scale
+    plain = (codes.clamp(spec.qmin, spec.qmax) - zero) * scale
     torch.testing.assert_close(out, plain, rtol=1e-6, atol=1e-6)
     found, expected = (torch.autograd.grad((o * weight).sum(), alpha)[0] for o in (out, plain))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

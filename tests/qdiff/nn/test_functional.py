@@ -42,7 +42,7 @@ def straight_through(x, scale, zero_point, spec):
     ratio = x / scale
     rounded = ratio.round().detach() + (ratio - ratio.detach())  # the bracket is exactly 0
     codes = rounded + zero_point
-    codes = torch.where(codes < spec.lo, spec.lo, torch.where(codes > spec.hi, spec.hi, codes))
+    codes = torch.where(codes < spec.qmin, spec.qmin, torch.where(codes > spec.qmax, spec.qmax, codes))
     return (codes - zero_point) * scale
 
 
@@ -56,8 +56,8 @@ def test_codes_are_whole_and_within_their_bits_even_far_outside_the_range(spec, 
     x = torch.tensor(values, dtype=torch.float64)
     codes = quantize(100 * x, *grid_over(x, spec), spec)
     assert torch.equal(codes, codes.round())
-    assert codes.min() >= spec.lo and codes.max() <= spec.hi
-    assert spec.hi - spec.lo == 2**spec.bits - 1
+    assert codes.min() >= spec.qmin and codes.max() <= spec.qmax
+    assert spec.qmax - spec.qmin == 2**spec.bits - 1
 
 
 @given(st.sampled_from(SPECS), VALUES)
@@ -79,7 +79,7 @@ def test_zero_is_exact(spec, values):
 def test_values_outside_the_range_become_its_ends(spec, generator):
     scale, zero_point = grid_over(torch.randn(50, generator=generator), spec)
     ends = fake_quantize(torch.tensor([-1e9, 1e9]), scale, zero_point, spec)
-    assert torch.equal(ends, (torch.tensor([spec.lo, spec.hi]) - zero_point) * scale)
+    assert torch.equal(ends, (torch.tensor([spec.qmin, spec.qmax]) - zero_point) * scale)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "learning"])
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_composite_definition(spec, shapes, learned, 
     zero_point = torch.full(scale_shape, 0.0 if spec.kind in ("signed", "unsigned") else 3.0, dtype=double)
     weights = torch.randn(shape, dtype=double, generator=generator)
     unclipped = (x / scale).round() + zero_point
-    clipped = (unclipped < spec.lo) | (unclipped > spec.hi)
+    clipped = (unclipped < spec.qmin) | (unclipped > spec.qmax)
     assert 0.02 < clipped.double().mean() < 0.98  # both regions are seen
 
     def gradients(function):
@@ -168,7 +168,7 @@ def test_a_saturated_soft_rounding_is_the_hard_one(spec, generator):
     scale, zero_point = grid_over(0.7 * base, spec)
     alpha = torch.where(torch.rand(base.shape, generator=generator) < 0.5, -20.0, 20.0)
     codes = hard_codes(base, scale, zero_point, alpha, spec)
-    assert codes.unique().tolist() == list(range(spec.lo, spec.hi + 1))
+    assert codes.unique().tolist() == list(range(spec.qmin, spec.qmax + 1))
     assert torch.equal(soft_quantize(base, scale, zero_point, alpha, spec), dequantize(codes, scale, zero_point))
 
 
@@ -213,7 +213,7 @@ def test_values_of_floor_with_an_offset_are_those_of_its_codes(spec, values, off
     scale, zero_point = grid_over(0.7 * weight, spec)
     arguments = (weight, scale, zero_point, torch.tensor(float(offset)), spec)
     codes = offset_codes(*arguments)
-    assert torch.equal(codes, codes.round()) and codes.min() >= spec.lo and codes.max() <= spec.hi
+    assert torch.equal(codes, codes.round()) and codes.min() >= spec.qmin and codes.max() <= spec.qmax
     expected = dequantize(codes, scale, zero_point)
     torch.testing.assert_close(offset_quantize(*arguments), expected, rtol=1e-9, atol=1e-9 * scale.item())
 
@@ -224,7 +224,10 @@ def test_gradients_of_floor_with_an_offset_pass_inside_the_range_alone(spec, gen
     scale, zero_point = grid_over(0.5 * weight, spec)
     offset = torch.randint(-2, 3, weight.shape, generator=generator).double()
     unclipped = (weight / scale).floor() + offset + zero_point
-    inside, outside = (spec.lo < unclipped) & (unclipped < spec.hi), (unclipped < spec.lo) | (unclipped > spec.hi)
+    inside, outside = (
+        (spec.qmin < unclipped) & (unclipped < spec.qmax),
+        (unclipped < spec.qmin) | (unclipped > spec.qmax),
+    )
     assert 0.05 < outside.double().mean() < 0.95 and inside.double().mean() > 0.05
     factors = torch.randn(400, dtype=torch.float64, generator=generator)
     weight.requires_grad_()

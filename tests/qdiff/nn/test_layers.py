@@ -164,8 +164,8 @@ def test_learned_rounding_starts_at_the_float_layer_and_hardens_to_frozen_codes(
     ):
         weight, spec = layer.weight[:, part], quantizer.spec
         codes = weight / quantizer.scale + quantizer.zero_point
-        held = weight.clamp(*((end - quantizer.zero_point) * quantizer.scale for end in (spec.lo, spec.hi)))
-        assert ((codes >= spec.lo) & (codes <= spec.hi)).any()
+        held = weight.clamp(*((end - quantizer.zero_point) * quantizer.scale for end in (spec.qmin, spec.qmax)))
+        assert ((codes >= spec.qmin) & (codes <= spec.qmax)).any()
         torch.testing.assert_close(rounding(), held, rtol=0, atol=1e-5)
     soft = torch.cat([r() for r in quantized.rounding], 1)
     assert torch.equal(quantized(x), product(layer, x, soft.detach(), layer.bias))

@@ -103,7 +103,7 @@ def test_adaround_starts_at_the_fraction_and_so_at_the_float_weight(values, bits
     ratio = weight / quantizer.scale
     torch.testing.assert_close(soft_round(rounding.alpha.detach()), ratio - ratio.floor(), rtol=0, atol=1e-6)
     spec = quantizer.spec
-    inside = (ratio + quantizer.zero_point >= spec.lo) & (ratio + quantizer.zero_point <= spec.hi)
+    inside = (ratio + quantizer.zero_point >= spec.qmin) & (ratio + quantizer.zero_point <= spec.qmax)
     start = rounding().detach()
     assert ((start - weight).abs() <= 1e-6 * quantizer.scale)[inside].all()
     assert ((start - weight).abs() <= (0.5 + 1e-6) * quantizer.scale).all()
@@ -140,7 +140,7 @@ def test_adaround_hardens_to_floor_or_ceiling_whatever_it_has_learned(generator)
     with torch.no_grad():
         rounding.alpha.copy_(3 * torch.randn(weight.shape, generator=generator))
     floor = (weight / quantizer.scale).floor()
-    expected = torch.where(rounding.alpha >= 0, floor + 1, floor).clamp(spec.lo, spec.hi)
+    expected = torch.where(rounding.alpha >= 0, floor + 1, floor).clamp(spec.qmin, spec.qmax)
     assert torch.equal(rounding.codes(), expected)
     assert (expected != quantizer.codes(weight)).float().mean() > 0.2
 
@@ -166,7 +166,7 @@ def test_finetuning_starts_exactly_at_the_codes_there_are_however_far_off(kind, 
     quantizer = fitted(weight, spec)
     nearest = quantizer.codes(weight)
     away = torch.randint(-5, 6, weight.shape, generator=generator)  # as compensated rounding may leave them
-    for codes in (nearest, (nearest + away).clamp(spec.lo, spec.hi), torch.full_like(nearest, spec.hi)):
+    for codes in (nearest, (nearest + away).clamp(spec.qmin, spec.qmax), torch.full_like(nearest, spec.qmax)):
         rounding = FloorRounding(weight, codes.to(torch.int8), quantizer)
         assert torch.equal(rounding.codes(), codes)
         torch.testing.assert_close(rounding(), quantizer.values(codes), rtol=1e-6, atol=1e-6)
@@ -182,7 +182,7 @@ def test_a_finetuned_weight_has_the_codes_that_floor_and_its_offset_give(generat
     with torch.no_grad():
         rounding.weight.copy_(moved)
     steps = (moved / quantizer.scale).floor() - (weight / quantizer.scale).floor()
-    expected = (codes + steps).clamp(spec.lo, spec.hi)
+    expected = (codes + steps).clamp(spec.qmin, spec.qmax)
     assert torch.equal(rounding.codes(), expected) and (expected != codes).float().mean() > 0.3
     torch.testing.assert_close(rounding(), quantizer.values(expected), rtol=1e-6, atol=1e-6)
 

@@ -153,7 +153,7 @@ def plain_search(values, candidates, spec, p):
             scale, zero = plain_grid(low, high, spec, sided)
             if scale <= 0:
                 continue
-            codes = [min(max(round(v / scale) + zero, spec.lo), spec.hi) for v in row.tolist()]
+            codes = [min(max(round(v / scale) + zero, spec.qmin), spec.qmax) for v in row.tolist()]
             errors = [abs((c - zero) * scale - v) ** p for c, v in zip(codes, row.tolist(), strict=True)]
             scored.append((sum(errors) / len(errors), scale, zero))
         best.append(min(scored)[1:])

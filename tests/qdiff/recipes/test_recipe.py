@@ -88,12 +88,13 @@ def through_yaml(recipe):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lo", "hi"), [("affine", 0, 255), ("signed", -128, 127), ("unsigned", 0, 255), ("unsigned_mid", 0, 255)]
+    ("kind", "qmin", "qmax"),
+    [("affine", 0, 255), ("signed", -128, 127), ("unsigned", 0, 255), ("unsigned_mid", 0, 255)],
 )
-def test_limits_of_the_codes_follow_from_bits_and_kind(kind, lo, hi):
+def test_limits_of_the_codes_follow_from_bits_and_kind(kind, qmin, qmax):
     spec = QuantSpec(8, kind)
-    assert (spec.lo, spec.hi) == (lo, hi)
-    assert (replace(spec, bits=4).lo, replace(spec, bits=4).hi) == {-128: (-8, 7), 0: (0, 15)}[lo]
+    assert (spec.qmin, spec.qmax) == (qmin, qmax)
+    assert (replace(spec, bits=4).qmin, replace(spec, bits=4).qmax) == {-128: (-8, 7), 0: (0, 15)}[qmin]
 
 
 # YAML

@@ -35,7 +35,7 @@ def test_the_simulation(spec, w_spec, sizes, random_grid, centred_codes, generat
     for operand in "qkv":
         grids[operand] = spec, *random_grid(spec, 2, generator)
     zero = torch.tensor([0, 3 if w_spec.kind == "affine" else 0])
-    grids["w"] = w_spec, torch.tensor([1.0, 0.6]) / w_spec.hi, zero
+    grids["w"] = w_spec, torch.tensor([1.0, 0.6]) / w_spec.qmax, zero
     for operand, (own, scale, zero) in grids.items():
         tables[operand] = ActGrid(scale, zero, own).to(device)
     shapes = [(queries, channels), (keys, channels), (keys, values)]

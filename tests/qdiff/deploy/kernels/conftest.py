@@ -23,7 +23,7 @@ def random_grid():
         scale = (torch.rand(sets, generator=generator) + 0.5) * 6 / 2**spec.bits
         if spec.kind in ("signed", "unsigned"):
             return scale, torch.zeros(sets, dtype=torch.int32)
-        choices = torch.tensor([spec.lo, spec.hi]) if ends else torch.arange(spec.lo, spec.hi + 1)
+        choices = torch.tensor([spec.qmin, spec.qmax]) if ends else torch.arange(spec.qmin, spec.qmax + 1)
         return scale, choices[torch.randint(len(choices), (sets,), generator=generator)].to(torch.int32)
 
     return make
@@ -34,8 +34,8 @@ def random_codes():
     """(spec, shape, generator) -> int64 codes, both ends of the grid among them."""
 
     def make(spec, shape, generator):
-        codes = torch.randint(spec.lo, spec.hi + 1, shape, generator=generator)
-        codes.view(-1)[:2] = torch.tensor([spec.lo, spec.hi])
+        codes = torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator)
+        codes.view(-1)[:2] = torch.tensor([spec.qmin, spec.qmax])
         return codes
 
     return make

@@ -46,7 +46,7 @@ def assert_snapped(centred_codes):
     def check(codes, y, grid, sets):
         shape = (-1, *[1] * (y.dim() - 1))
         scale, zero = (values[[0] if sets is None else sets].view(shape) for values in (grid.scale, grid.zero))
-        expected = (torch.round(y / scale) + zero).clamp(grid.lo, grid.hi)
+        expected = (torch.round(y / scale) + zero).clamp(grid.qmin, grid.qmax)
         away = (codes - expected).abs()
         assert away.max() <= 1 and (away > 0).float().mean() <= TIES
         off_tie = ((y / scale) % 1 - 0.5).abs() > 1e-3
@@ -74,7 +74,7 @@ def test_group_norm(channels, groups, shape, silu, random_grid, generator, devic
     # Statistics in float32 of values around 30 leave errors of 1e-5 in y, far below a step of the grid.
     scale = grid.scale[sets].view(-1, *[1] * (x.dim() - 1))
     zero = grid.zero[sets].view_as(scale)
-    away = (codes - (torch.round(y / scale) + zero).clamp(grid.lo, grid.hi)).abs()
+    away = (codes - (torch.round(y / scale) + zero).clamp(grid.qmin, grid.qmax)).abs()
     assert away.max() <= 1 and (away > 0).float().mean() <= 2e-3
 
 

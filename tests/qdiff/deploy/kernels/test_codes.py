@@ -19,7 +19,7 @@ def test_a_weight_keeps_its_codes(bits, kind, channels, data):
     zeros = st.integers(-3, 300) if kind == "affine" else st.just(0)
     zero = torch.tensor(data.draw(st.lists(zeros, min_size=4, max_size=4)))
     generator = torch.Generator().manual_seed(bits * channels)
-    codes = torch.randint(spec.lo, spec.hi + 1, (4, channels, *kernel), generator=generator)
+    codes = torch.randint(spec.qmin, spec.qmax + 1, (4, channels, *kernel), generator=generator)
     scale = torch.rand(4, generator=generator)
     weight = KernelWeight.make(codes, scale, zero, spec)
     centred = codes - zero.view(-1, *[1] * (codes.dim() - 1))
@@ -50,8 +50,8 @@ def test_stored_activation_codes_are_signed_and_no_wider_than_the_grid(bits, kin
     spec = QuantSpec(bits, kind)
     zero = torch.tensor([0, 3 if kind == "affine" else 0])
     grid = ActGrid(torch.ones(2), zero, spec)
-    assert grid.lo >= -(2 ** (max(bits, 8) - 1)) and grid.hi < 2 ** (max(bits, 8) - 1)
-    assert torch.equal(grid.zero - grid.lo, zero.int() - spec.lo)
+    assert grid.qmin >= -(2 ** (max(bits, 8) - 1)) and grid.qmax < 2 ** (max(bits, 8) - 1)
+    assert torch.equal(grid.zero - grid.qmin, zero.int() - spec.qmin)
 
 
 def test_a_grid_per_channel_is_refused():

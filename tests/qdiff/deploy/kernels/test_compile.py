@@ -76,4 +76,4 @@ def test_merging_of_statistics_of_one_pixel():
 def test_group_norm():
     constants = {"SILU": True, "HAS_SETS": True, "BLOCK_P": 64, "BLOCK_C": 64}
     pointers = {"x_at": "*fp16", "out_at": "*i8", "weight_at": "*fp16", "bias_at": "*fp16"}
-    assert build(norms._group_norm, constants, pointers, attention.CONFIGS[0], ("lo", "hi")).asm["ptx"]
+    assert build(norms._group_norm, constants, pointers, attention.CONFIGS[0], ("qmin", "qmax")).asm["ptx"]

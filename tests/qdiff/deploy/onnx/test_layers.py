@@ -59,7 +59,9 @@ def quantized(layer, case, generator):
     for part, quantizer in zip(found.slices, found.weight_quantizers, strict=False):
         scale = 0.01 + 0.02 * torch.rand(quantizer.scale.shape, generator=generator)
         quantizer.set_grid(scale, torch.full_like(scale, whole(case.weights, case.weight_zero)))
-        codes = torch.randint(case.weights.lo, case.weights.hi + 1, layer.weight[:, part].shape, generator=generator)
+        codes = torch.randint(
+            case.weights.qmin, case.weights.qmax + 1, layer.weight[:, part].shape, generator=generator
+        )
         found.codes[:, part] = codes
     if found.weight_quantizers:
         found.freeze(found.codes.clone())
@@ -81,7 +83,7 @@ def inputs(case, generator, count=3):
     """x whose elements are near the middle of a code's interval, some beyond the ends of the grid."""
     spec = case.acts or A8
     shape = (count, *SIZE)
-    codes = torch.randint(spec.lo - 3, spec.hi + 4, shape, generator=generator) - whole(spec, case.zero)
+    codes = torch.randint(spec.qmin - 3, spec.qmax + 4, shape, generator=generator) - whole(spec, case.zero)
     # Scales are 0.05 times a power of two, so that this is a middle on all of them.
     return (codes + 0.2 * torch.rand(shape, generator=generator)) * 0.05 + 0.001
 
@@ -128,7 +130,7 @@ def attention(softmax, acts=A8, operand_scale=0.8):
     for operand in "qkvw":
         quantizer = getattr(module, f"act_quantizer_{operand}")
         spec = quantizer.spec
-        scale = torch.full_like(quantizer.scale, 1 / (spec.hi - spec.lo) if operand == "w" else 4.0 / 2**spec.bits)
+        scale = torch.full_like(quantizer.scale, 1 / (spec.qmax - spec.qmin) if operand == "w" else 4.0 / 2**spec.bits)
         quantizer.set_grid(
             scale, torch.full_like(scale, 0 if operand == "w" else whole(spec, 2 ** (spec.bits - 1) - 9))
         )
