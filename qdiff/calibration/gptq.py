@@ -12,7 +12,7 @@ from torch import Tensor
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.hooks import recording_calls, recording_inputs
 from qdiff.nn.layers import QuantConv, QuantLayer, quant_layers
-from qdiff.recipes.stages import Compensate
+from qdiff.recipes.stages import GPTQ
 
 
 def input_rows(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _column_grids(layer: QuantLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: Compensate) -> tuple[Tensor, Tensor]:
+def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: GPTQ) -> tuple[Tensor, Tensor]:
     """base: the float weight [O, ...]; moment: H = X^T X, [K, K]. Returns (codes as float, compensated weight).
 
     The compensated weight is what each column had become when it was rounded: codes are its nearest ones, and a learned
@@ -101,7 +101,7 @@ def _inverse_factor(moment: Tensor) -> Tensor:
 
 
 def compensate_unit(
-    frontier: Frontier, name: str, bases: dict[str, Tensor], options: Compensate, generator: torch.Generator
+    frontier: Frontier, name: str, bases: dict[str, Tensor], options: GPTQ, generator: torch.Generator
 ) -> None:
     """Round the layers of one unit in the order in which it runs them, each on inputs that the earlier ones produce.
 

@@ -23,9 +23,9 @@ from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.ranges import grid_from_range, make_finder
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import (
+    GPTQ,
     STAGES,
     ActivationRanges,
-    Compensate,
     CorrectBias,
     Finetune,
     Loss,
@@ -56,7 +56,7 @@ def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -
     run.progress.finish()
 
 
-def compensate_weights(run: Calibration, stage: Compensate, number: int = 0) -> None:
+def compensate_weights(run: Calibration, stage: GPTQ, number: int = 0) -> None:
     """Error-compensated rounding of every unit, in execution order, on quantized-prefix inputs."""
     frontier: Frontier | None = None
     names = run.executed_units()
@@ -259,7 +259,7 @@ def _mean_error(quantized: Frontier, plain: Frontier, name: str, channel_axis: i
 
 STAGE_HANDLERS: dict[type[Stage], Callable[[Calibration, Stage, int], None]] = {
     WeightRanges: find_weight_ranges,
-    Compensate: compensate_weights,
+    GPTQ: compensate_weights,
     ActivationRanges: find_activation_ranges,
     Reconstruct: reconstruct,
     CorrectBias: correct_biases,

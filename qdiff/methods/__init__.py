@@ -6,7 +6,7 @@ from dataclasses import replace
 from qdiff.methods import accuquant, eda_dm, gptq, nearest, q_diffusion, quest, quick
 from qdiff.methods.options import MethodOptions
 from qdiff.recipes.recipe import Recipe
-from qdiff.recipes.stages import STAGES, ActivationRanges, Compensate, Finetune, WeightRanges
+from qdiff.recipes.stages import GPTQ, STAGES, ActivationRanges, Finetune, WeightRanges
 
 METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
     "nearest": nearest.recipe,
@@ -38,7 +38,7 @@ def for_given_weights(recipe: Recipe) -> Recipe:
     """The recipe without what finds or learns weights: for weights that come from a checkpoint (--resume_w)."""
     stages = []
     for stage in recipe.stages:
-        if isinstance(stage, (WeightRanges, Compensate)):
+        if isinstance(stage, (WeightRanges, GPTQ)):
             continue
         if hasattr(stage, "learn"):
             learn = {name: rate for name, rate in stage.learn.items() if name == "scale"}
@@ -59,7 +59,7 @@ def require_stages(recipe: Recipe) -> None:
             raise ValueError(f"stages: expected {names[kind]} among them, found {[names[k] for k in kinds]}")
     for i, stage in enumerate(recipe.stages):
         learned = getattr(stage, "learn", {})
-        needs = [WeightRanges] * (isinstance(stage, Compensate) or not {"rounding", "weight"}.isdisjoint(learned))
+        needs = [WeightRanges] * (isinstance(stage, GPTQ) or not {"rounding", "weight"}.isdisjoint(learned))
         needs += [ActivationRanges] * (activations and "scale" in learned)
         for kind in needs:
             if kind not in kinds[:i]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qdiff.methods.options import MethodOptions
 from qdiff.recipes.recipe import QuantSpec, Selector
-from qdiff.recipes.stages import Compensate, Learn, Loss, RangeSpec, Reconstruct, RoundingPenalty, Stage, WeightRanges
+from qdiff.recipes.stages import GPTQ, Learn, Loss, RangeSpec, Reconstruct, RoundingPenalty, Stage, WeightRanges
 
 
 def grids(options: MethodOptions) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def learned_rounding(options: MethodOptions, finder: str, batch_size: int) -> li
     """
     stages: list[Stage] = [WeightRanges(RangeSpec(options.weight_range or finder))]
     if options.rounding_start == "gptq":
-        stages.append(Compensate())
+        stages.append(GPTQ())
     stages.append(
         Reconstruct(
             learn={"rounding": Learn(1e-3)},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qdiff.methods.common import selector
 from qdiff.methods.options import MethodOptions
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, Selector
-from qdiff.recipes.stages import ActivationRanges, Compensate, Learn, Loss, RangeSpec, Reconstruct, Stage, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, Learn, Loss, RangeSpec, Reconstruct, Stage, WeightRanges
 
 SEARCHED_VALUES = (
     2**16
@@ -47,7 +47,7 @@ def recipe(options: MethodOptions, task: str | None = None) -> Recipe:
     at = 0 if options.weight_bits <= 4 else 1
     stages: list[Stage] = [WeightRanges(RangeSpec(options.weight_range or "theta"))]
     if options.rounding_start == "gptq":
-        stages.append(Compensate())
+        stages.append(GPTQ())
     learn = {"rounding": Learn(setting.weight_rate[at], "cosine")}
     if options.act_bits is not None:
         stages.append(_activation_ranges(options, setting))

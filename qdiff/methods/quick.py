@@ -6,8 +6,8 @@ from qdiff.methods.common import grids, selector
 from qdiff.methods.options import MethodOptions
 from qdiff.recipes.recipe import Recipe, Selector
 from qdiff.recipes.stages import (
+    GPTQ,
     ActivationRanges,
-    Compensate,
     CorrectBias,
     Learn,
     Loss,
@@ -25,7 +25,7 @@ def recipe(options: MethodOptions) -> Recipe:
     for the errors of those before it. Rounding starts close to the compensated codes, at a rate a hundred times the
     published one: that is what makes tens of iterations enough. Last, what is left of each unit's mean error goes.
     """
-    stages = [WeightRanges(RangeSpec(options.weight_range or "shrink")), Compensate()]
+    stages = [WeightRanges(RangeSpec(options.weight_range or "shrink")), GPTQ()]
     learn = {"rounding": Learn(1e-1, "cosine"), "bias": Learn(1e-3, "cosine")}
     if options.act_bits is not None:
         stages.append(ActivationRanges(RangeSpec(options.act_range or "shrink")))

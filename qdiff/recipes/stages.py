@@ -104,7 +104,7 @@ class WeightRanges:
 
 
 @dataclass(frozen=True)
-class Compensate:
+class GPTQ:
     """Stage: error-compensated rounding, layer by layer in execution order (GPTQ, arXiv 2210.17323)."""
 
     damping: float = 0.01
@@ -281,10 +281,10 @@ class Rollout:
             raise ValueError("rollout start quantized: needs order sequential, since it follows the groups before")
 
 
-Stage = WeightRanges | Compensate | ActivationRanges | Reconstruct | CorrectBias | Finetune | Rollout
+Stage = WeightRanges | GPTQ | ActivationRanges | Reconstruct | CorrectBias | Finetune | Rollout
 STAGES: dict[str, type] = {
     "weight_ranges": WeightRanges,
-    "compensate": Compensate,
+    "compensate": GPTQ,
     "activation_ranges": ActivationRanges,
     "reconstruct": Reconstruct,
     "correct_bias": CorrectBias,

@@ -17,8 +17,8 @@ from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.ranges import grid_from_range
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
 from qdiff.recipes.stages import (
+    GPTQ,
     ActivationRanges,
-    Compensate,
     CorrectBias,
     Learn,
     Loss,
@@ -88,7 +88,7 @@ def test_a_seed_determines_every_bit_and_another_gives_something_else(run):
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("stages", [(QUICK,), (Compensate(rows=50),)], ids=["learned", "compensated"])
+@pytest.mark.parametrize("stages", [(QUICK,), (GPTQ(rows=50),)], ids=["learned", "compensated"])
 def test_the_float_network_and_the_states_are_left_alone(run, make_network, states, stages):
     network, former = make_network(32), copy.deepcopy(states)
     result = run(with_stages(*stages), network=network)
@@ -320,8 +320,8 @@ def tensors(module):
 
 def test_a_learned_rounding_starts_from_compensated_weights(run, monkeypatch):
     calls = captured(monkeypatch)
-    result = run(replace(BASE, stages=(WEIGHTS, Compensate(rows=50), replace(QUICK, learn={"rounding": Learn(1e-12)}))))
-    compensated = run(replace(BASE, stages=(WEIGHTS, Compensate(rows=50)))).network
+    result = run(replace(BASE, stages=(WEIGHTS, GPTQ(rows=50), replace(QUICK, learn={"rounding": Learn(1e-12)}))))
+    compensated = run(replace(BASE, stages=(WEIGHTS, GPTQ(rows=50)))).network
     assert len(calls) == len(UNITS)
     mine, theirs = quant_layers(result.network), quant_layers(compensated)
     differs = torch.cat([(mine[name].codes != layer.codes).flatten() for name, layer in theirs.items()])
@@ -418,7 +418,7 @@ class Counting(Progress):
 def test_progress_adds_up_to_what_each_stage_announced(run):
     """Skipped units included."""
     progress = Counting()
-    stages = (Compensate(rows=50), QUICK)
+    stages = (GPTQ(rows=50), QUICK)
     run(with_stages(*stages, rules=(Rule("conv_in", 0, 0),)), progress=progress)
     assert len(progress.stages) == 4
     for title, total, done, finished in progress.stages:

@@ -11,7 +11,7 @@ from qdiff.calibration.finetune import _fewer, _Finetuning
 from qdiff.calibration.store import MemoryLimits
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.recipes.stages import ActivationRanges, Compensate, Finetune, Learn, RangeSpec, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, Finetune, Learn, RangeSpec, WeightRanges
 
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 GRID, ACTS = QuantSpec(4, "affine", "out_channel"), QuantSpec(4)
@@ -144,7 +144,7 @@ def test_fewer_states_of_each_step(states):
 def test_it_starts_from_the_codes_there_are_after_compensation(network, adapter, states, timesteps):
     """Codes may be several steps from the float weight; a rate of 0 changes none."""
     still = Finetune(("*",), {"weight": Learn(0.0)}, iterations=2)
-    with_compensation = replace(recipe(), stages=(RANGES[0], Compensate(rows=50), RANGES[1]))
+    with_compensation = replace(recipe(), stages=(RANGES[0], GPTQ(rows=50), RANGES[1]))
     before = calibrate(network, adapter, with_compensation, states, 0, timesteps)
     finetuned = replace(with_compensation, stages=(*with_compensation.stages, still))
     after = calibrate(network, adapter, finetuned, states, 0, timesteps)

@@ -15,7 +15,7 @@ from qdiff.nn.layers import QUANT_LAYERS, quant_layers
 from qdiff.nn.ranges import grid_from_range
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.recipes.stages import Compensate, RangeSpec, WeightRanges
+from qdiff.recipes.stages import GPTQ, RangeSpec, WeightRanges
 
 STEPS = StepTable(1000, StepGroups())
 W3 = QuantSpec(3, axis="out_channel")
@@ -97,7 +97,7 @@ def layer(request, make_layer):
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 def test_it_is_the_plain_column_by_column_algorithm_whatever_the_block(layer, generator, block, damping):
     base, moment = layer.weight.clone(), correlated(layer.weight[0].numel(), generator)
-    codes, compensated = compensate(layer, base, moment, Compensate(damping=damping, block=block))
+    codes, compensated = compensate(layer, base, moment, GPTQ(damping=damping, block=block))
     expected_codes, expected = plain(layer, base, moment, damping)
     assert torch.equal(codes, expected_codes)
     torch.testing.assert_close(compensated, expected, rtol=1e-9, atol=1e-9)
@@ -107,19 +107,19 @@ def test_it_is_the_plain_column_by_column_algorithm_whatever_the_block(layer, ge
 def test_the_codes_are_nearest_to_the_compensated_weight(layer, generator):
     """That is what a learned rounding behind it takes as its base."""
     base = layer.weight.clone()
-    codes, compensated = compensate(layer, base, correlated(layer.weight[0].numel(), generator), Compensate())
+    codes, compensated = compensate(layer, base, correlated(layer.weight[0].numel(), generator), GPTQ())
     assert torch.equal(layer.nearest_codes(compensated), codes)
 
 
 def test_uncorrelated_inputs_leave_nearest_rounding(layer):
     base = layer.weight.clone()
-    codes, compensated = compensate(layer, base, torch.eye(layer.weight[0].numel()).double(), Compensate())
+    codes, compensated = compensate(layer, base, torch.eye(layer.weight[0].numel()).double(), GPTQ())
     assert torch.equal(codes, layer.nearest_codes(base)) and torch.equal(compensated, base)
 
 
 def test_the_error_of_the_output_falls(layer, generator):
     base, moment = layer.weight.clone(), correlated(layer.weight[0].numel(), generator)
-    codes, _ = compensate(layer, base, moment, Compensate())
+    codes, _ = compensate(layer, base, moment, GPTQ())
     assert error_of(layer, codes, base, moment) < 0.7 * error_of(layer, layer.nearest_codes(base), base, moment)
 
 
@@ -130,7 +130,7 @@ def test_columns_of_dead_inputs_become_zero_and_disturb_nothing(make_layer, gene
     moment[dead] = 0
     moment[:, dead] = 0
     base = layer.weight.clone()
-    codes, compensated = compensate(layer, base, moment, Compensate())
+    codes, compensated = compensate(layer, base, moment, GPTQ())
     zero = layer.weight_quantizers[0].zero_point
     assert torch.equal(codes[:, dead], zero.expand(7, 3)) and (compensated[:, dead] == 0).all()
     expected, _ = plain(layer, base, moment, 0.01)
@@ -140,7 +140,7 @@ def test_columns_of_dead_inputs_become_zero_and_disturb_nothing(make_layer, gene
 def test_nothing_it_is_given_is_changed(layer, generator):
     base, moment = layer.weight.clone(), correlated(layer.weight[0].numel(), generator)
     given = base.clone(), moment.clone(), copy.deepcopy(layer.state_dict())
-    compensate(layer, base, moment, Compensate())
+    compensate(layer, base, moment, GPTQ())
     assert torch.equal(base, given[0]) and torch.equal(moment, given[1])
     assert all(torch.equal(value, given[2][key]) for key, value in layer.state_dict().items())
 
@@ -245,7 +245,7 @@ def test_each_layer_of_a_unit_is_rounded_on_what_the_rounded_ones_before_it_prod
     quantized_base, adapter, states, generator
 ):
     network, bases = quantized_base
-    options, name = Compensate(rows=10**6), "up.1.block.0"
+    options, name = GPTQ(rows=10**6), "up.1.block.0"
     frontier = Frontier(network, adapter, states, 20)
     former = {n: base.clone() for n, base in bases.items()}
     compensate_unit(frontier, name, bases, options, generator)

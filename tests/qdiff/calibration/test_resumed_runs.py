@@ -17,7 +17,7 @@ from qdiff.calibration.resume import PLAN, Record
 from qdiff.calibration.store import MemoryLimits
 from qdiff.checkpoints.native import save_checkpoint
 from qdiff.methods import MethodOptions, make_recipe
-from qdiff.recipes.stages import ActivationRanges, Compensate, CorrectBias, Reconstruct, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, CorrectBias, Reconstruct, WeightRanges
 
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 SIZES = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
@@ -191,7 +191,7 @@ def test_the_order_of_definition_goes_on_too(parts, make_network, timesteps, tmp
     _, adapter, recipe, data, seed = parts("q-diffusion", "ddim")
     network = make_network(32)
     recipe = replace(recipe, compat=("definition_order", "train_mode"))
-    stages = tuple(s for s in recipe.stages if not isinstance(s, (Compensate, CorrectBias)))
+    stages = tuple(s for s in recipe.stages if not isinstance(s, (GPTQ, CorrectBias)))
     arguments = network, adapter, replace(recipe, stages=stages), data, seed, timesteps
     expected = checkpoint_of(calibrate(*arguments), tmp_path / "whole.safetensors")
     for unit in ("up.0.block.1", "up.1.attn.0"):

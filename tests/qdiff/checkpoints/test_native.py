@@ -17,7 +17,7 @@ from qdiff.deploy.convert import load_integer
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, RangeSpec, WeightRanges
 
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())
@@ -41,7 +41,7 @@ RECIPES = [
     Recipe("eda-dm grids", QuantSpec(4, "unsigned_mid"), QuantSpec(8, "unsigned_mid"), stages=RANGES),
     replace(W4A8, name="16-bit softmax", softmax=QuantSpec(16, "unsigned")),
     replace(W4A8, name="symmetric softmax", compat=("symmetric_softmax",)),
-    replace(W4A8, name="compensated", stages=(RANGES[0], Compensate(rows=200), RANGES[1])),
+    replace(W4A8, name="compensated", stages=(RANGES[0], GPTQ(rows=200), RANGES[1])),
 ]
 
 

@@ -18,12 +18,12 @@ from qdiff.checkpoints.qdiffusion import (
 from qdiff.nn.layers import act_quantizers, quant_layers, to_double
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
-from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, RangeSpec, WeightRanges
 
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 RANGES = (WeightRanges(RangeSpec()), ActivationRanges())
 W4A8 = Recipe("w4a8", QuantSpec(4, axis="out_channel"), QuantSpec(8, "signed"), split_shortcuts=True, stages=RANGES)
-COMPENSATED = replace(W4A8, name="compensated", stages=(RANGES[0], Compensate(rows=200), RANGES[1]))
+COMPENSATED = replace(W4A8, name="compensated", stages=(RANGES[0], GPTQ(rows=200), RANGES[1]))
 EXPRESSIBLE = [
     W4A8,
     COMPENSATED,

@@ -20,7 +20,7 @@ from qdiff.families import adapter_for
 from qdiff.nn.layers import act_quantizers, quant_layers, to_double
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
-from qdiff.recipes.stages import ActivationRanges, Compensate, RangeSpec, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, RangeSpec, WeightRanges
 
 FORMS = ["plain", "transformer"]
 SMALL = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
@@ -37,7 +37,7 @@ RECIPES = [
     replace(SIGNED, name="signed-softmax16", softmax=QuantSpec(16, "unsigned")),
     replace(SIGNED, name="symmetric-softmax", compat=("symmetric_softmax",)),
     replace(AFFINE, name="weights-only", activations=None, stages=STAGES[:1]),
-    replace(AFFINE, name="compensated", stages=(STAGES[0], Compensate(rows=100), STAGES[1])),
+    replace(AFFINE, name="compensated", stages=(STAGES[0], GPTQ(rows=100), STAGES[1])),
 ]
 
 

@@ -11,7 +11,7 @@ from qdiff.methods import METHODS, MethodOptions, for_given_weights, make_recipe
 from qdiff.methods import published_settings as tasks
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import Recipe, StepGroups
-from qdiff.recipes.stages import ActivationRanges, Compensate, Finetune, Reconstruct, Rollout, WeightRanges
+from qdiff.recipes.stages import GPTQ, ActivationRanges, Finetune, Reconstruct, Rollout, WeightRanges
 
 FOLDER = Path(__file__).parents[3] / "configs" / "recipes"
 PUBLISHED = tasks.published()
@@ -334,7 +334,7 @@ def test_accuquant_has_a_set_for_each_group_of_five_steps():
 def test_compensated_rounding_comes_before_anything_learns(method):
     options = MethodOptions(weight_bits=4, act_bits=8)
     plain, started = (make_recipe(method, replace(options, rounding_start=s)) for s in ("nearest", "gptq"))
-    assert [type(stage) for stage in started.stages[:2]] == [WeightRanges, Compensate]
+    assert [type(stage) for stage in started.stages[:2]] == [WeightRanges, GPTQ]
     assert any(isinstance(stage, Reconstruct) for stage in started.stages[2:])
     assert replace(started, stages=(started.stages[0], *started.stages[2:])) == plain
     require_stages(started)

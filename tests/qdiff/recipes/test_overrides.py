@@ -9,8 +9,8 @@ from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, Selector, StepGroups
 from qdiff.recipes.stages import (
+    GPTQ,
     ActivationRanges,
-    Compensate,
     Learn,
     RangeSpec,
     Reconstruct,
@@ -226,7 +226,7 @@ def test_stages_are_checked_as_they_are_in_the_end(file):
         recipe_of("--quant_act", "--set", "reconstruct[1].learn.scale.rate=1")
     with pytest.raises(ValueError, match="^--set: stages: expected activation_ranges among them"):
         recipe_of("--method", "nearest", "--set", "activations.bits=8")
-    unordered = replace(BASE, stages=(WeightRanges(), Compensate(), A, ActivationRanges()))
+    unordered = replace(BASE, stages=(WeightRanges(), GPTQ(), A, ActivationRanges()))
     file.write_text(unordered.to_yaml(), encoding="utf8")
     with pytest.raises(ValueError, match=rf"^{file}: stages\[2\]: expected activation_ranges before reconstruct"):
         recipe_of("--recipe", file)

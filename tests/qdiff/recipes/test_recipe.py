@@ -8,10 +8,10 @@ import yaml
 from qdiff.methods import METHODS, MethodOptions
 from qdiff.recipes.recipe import AXES, COMPAT, KINDS, QuantSpec, Recipe, Rule, Selector, StepGroups
 from qdiff.recipes.stages import (
+    GPTQ,
     RANGE_FINDERS,
     STAGES,
     ActivationRanges,
-    Compensate,
     CorrectBias,
     Finetune,
     Learn,
@@ -55,7 +55,7 @@ EVERYTHING = Recipe(
     StepGroups(1, "hold", 4, 10),
     (
         WeightRanges(RangeSpec("theta", 50, 2.0)),
-        Compensate(0.02, 100, 64, 8),
+        GPTQ(0.02, 100, 64, 8),
         ActivationRanges(
             RangeSpec("percentile", None, 3.0, "ema", 0.9, "quantized", 64, 500), RangeSpec(), "random", 32
         ),
@@ -276,9 +276,9 @@ OUT_OF_BOUNDS = [
     (lambda: StepGroups(size=0), "step_groups size: .*found 0"),
     (lambda: StepGroups(hold_every=0), "step_groups hold_every: .*found 0"),
     (lambda: StepGroups(4, size=5), "expected count or size, found count 4 and size 5"),
-    (lambda: Compensate(damping=0.0), "damping: .*found 0.0"),
-    (lambda: Compensate(block=0), "block: .*found 0"),
-    (lambda: Compensate(batch_size=0), "batch_size: .*found 0"),
+    (lambda: GPTQ(damping=0.0), "damping: .*found 0.0"),
+    (lambda: GPTQ(block=0), "block: .*found 0"),
+    (lambda: GPTQ(batch_size=0), "batch_size: .*found 0"),
     (lambda: ActivationRanges(inputs="last"), "inputs: expected one of all, random, stratified, first"),
     (lambda: ActivationRanges(samples=0), "samples: .*found 0"),
     (lambda: Reconstruct(iterations=0), "iterations: .*found 0"),
