@@ -171,7 +171,7 @@ class Calibration:
         return notes
 
 
-class Attempt:
+class UndoableUnit:
     """A piece of learning that may be put back: what its modules were like when it began."""
 
     def __init__(self, run: Calibration, stage: int, unit: str, modules: list[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.context import RUN_BATCH, Attempt, Calibration, UnitReport
+from qdiff.calibration.context import RUN_BATCH, Calibration, UndoableUnit, UnitReport
 from qdiff.calibration.hooks import recording_outputs
 from qdiff.calibration.loop import minibatches, products_context
 from qdiff.calibration.optimization import Groups, Optimization, Share
@@ -50,7 +50,7 @@ class _Finetuning:
     def learn(self) -> dict:
         """Carry the stage out; its report as plain data."""
         run, stage = self.run, self.stage
-        attempt, before = Attempt(run, self.number, "network", []), self._output_error()
+        attempt, before = UndoableUnit(run, self.number, "network", []), self._output_error()
         groups, indices = self._groups(), list(self._indices())
         run.progress.start(f"finetuning {len(self.tuned)} layers", stage.iterations)
         optimization = Optimization(groups, stage.learn, stage.iterations, run.options.team, by_row=["scale"])

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qdiff.calibration.context import RUN_BATCH, Attempt, Calibration, UnitReport
+from qdiff.calibration.context import RUN_BATCH, Calibration, UndoableUnit, UnitReport
 from qdiff.calibration.loop import minibatches, parameter_groups, products_context
 from qdiff.calibration.objectives import penalty_table, rounding_penalty
 from qdiff.calibration.optimization import Groups, Optimization, Share
@@ -101,7 +101,7 @@ class _Rolling:
     def _learn(self, unit: str, rollouts: list[GroupRollout], work: list[tuple[GroupRollout, Tensor]], row) -> dict:
         """Learn from the batches of `work`; row: the parameter set that alone may move, or None for all."""
         run, stage = self.run, self.stage
-        attempt, before = Attempt(run, self.number, unit, self._changed()), self.error(rollouts)
+        attempt, before = UndoableUnit(run, self.number, unit, self._changed()), self.error(rollouts)
         groups, iterations = self._parameters(row), len(work)
         optimization = Optimization(groups, stage.learn, iterations, run.options.team, by_row=["scale"])
         snapshots = Snapshots(run, self.number, optimization.adam.state, iterations) if row is None else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.context import Attempt, Calibration, UnitReport
+from qdiff.calibration.context import Calibration, UndoableUnit, UnitReport
 from qdiff.calibration.finetune import finetune
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.gptq import compensate_unit, execution_order
@@ -165,7 +165,7 @@ class _Learner:
     def _learn_unit(self, name: str, index: int, alone: bool) -> dict:
         """Learn one unit; its report as plain data, {} where it has nothing to learn."""
         run, stage = self.run, self.stage
-        unit, attempt = run.segment(name), Attempt(run, self.number, name, [name])
+        unit, attempt = run.segment(name), UndoableUnit(run, self.number, name, [name])
         layers = {layer: run.bases[n] for n, layer in quant_layers(run.network).items() if n in run.bases}
         data = self._data(name)
         error_before = self._error(name, data)
