@@ -12,7 +12,7 @@ from qdiff.calibration.hooks import recording_outputs
 from qdiff.calibration.loop import minibatches, products_context
 from qdiff.calibration.optimization import Groups, Optimization, Share
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.calibration.snapshots import Snapshots
+from qdiff.calibration.snapshots import OptimizerSnapshots
 from qdiff.nn.layers import act_quantizers, learnable_scales, quant_layers
 from qdiff.nn.quantizers import ActQuantizer
 from qdiff.recipes.layer_names import matching
@@ -54,7 +54,7 @@ class _Finetuning:
         groups, indices = self._groups(), list(self._indices())
         run.progress.start(f"finetuning {len(self.tuned)} layers", stage.iterations)
         optimization = Optimization(groups, stage.learn, stage.iterations, run.options.team, by_row=["scale"])
-        snapshots = Snapshots(run, self.number, optimization.adam.state, stage.iterations)
+        snapshots = OptimizerSnapshots(run, self.number, optimization.adam.state, stage.iterations)
         losses = snapshots.restore()
         run.progress.advance(snapshots.done)
 

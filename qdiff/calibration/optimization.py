@@ -30,7 +30,7 @@ class Share(NamedTuple):
 
 
 class Record(Protocol):
-    """Saves what an optimisation has come to now and then; see `qdiff.calibration.snapshots.Snapshots`."""
+    """Saves what an optimisation has come to now and then; see `qdiff.calibration.snapshots.OptimizerSnapshots`."""
 
     done: int  # iterations
 

@@ -12,7 +12,7 @@ from qdiff.calibration.loop import minibatches, parameter_groups, products_conte
 from qdiff.calibration.objectives import penalty_table, rounding_penalty
 from qdiff.calibration.optimization import Groups, Optimization, Share
 from qdiff.calibration.rollout import Carrier, FloatRuns, Group, GroupRollout, Predictor, groups_of
-from qdiff.calibration.snapshots import Snapshots
+from qdiff.calibration.snapshots import OptimizerSnapshots
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.stages import Rollout
 
@@ -104,7 +104,7 @@ class _Rolling:
         attempt, before = UndoableUnit(run, self.number, unit, self._changed()), self.error(rollouts)
         groups, iterations = self._parameters(row), len(work)
         optimization = Optimization(groups, stage.learn, iterations, run.options.team, by_row=["scale"])
-        snapshots = Snapshots(run, self.number, optimization.adam.state, iterations) if row is None else None
+        snapshots = OptimizerSnapshots(run, self.number, optimization.adam.state, iterations) if row is None else None
         losses = [] if snapshots is None else snapshots.restore()
         run.progress.advance(0 if snapshots is None else snapshots.done)
         beta = penalty_table(stage.penalty, iterations).to(self.device)

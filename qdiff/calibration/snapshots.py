@@ -13,7 +13,7 @@ PARTS = 20  # snapshots of one piece of work, each in place of the one before
 UNIT = "under way"  # under which a stage's snapshot is recorded
 
 
-class Snapshots:
+class OptimizerSnapshots:
     """Records tensors that learning changes; they are copied into again when the run is gone on with.
 
     Of several processes the leading one has the record, and all go on from the same part.
