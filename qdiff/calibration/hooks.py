@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.draws import Draws
+from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.nn.quantizers import ActQuantizer
 
 
@@ -68,12 +68,12 @@ def observing(quantizers: Iterable[ActQuantizer], observer: Callable[[ActQuantiz
 
 
 @contextmanager
-def dropping(quantizers: Iterable[ActQuantizer], probability: float, draws: Draws) -> Iterator[None]:
+def dropping(quantizers: Iterable[ActQuantizer], probability: float, noise: BatchNoise) -> Iterator[None]:
     """Within the block each element stays float with the given probability (QDrop, arXiv 2203.05740)."""
     quantizers = list(quantizers) if probability > 0 else []
 
     def drop(x: Tensor, snapped: Tensor) -> Tensor:
-        return torch.where(draws.uniform(x) < probability, x, snapped)
+        return torch.where(noise.uniform(x) < probability, x, snapped)
 
     for quantizer in quantizers:
         quantizer.drop = drop

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.draws import Draws
+from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.calibration.graphs import repeated
 from qdiff.calibration.hooks import dropping, recording_outputs, training_mode
 from qdiff.calibration.objectives import lp_loss, penalty_table, rounding_penalty
@@ -43,7 +43,7 @@ class UnitData:
     t: Tensor
     on_device: bool = True
 
-    def arguments(self, stage: Reconstruct, index: Tensor, draws: Draws) -> tuple[Tensor, ...]:
+    def arguments(self, stage: Reconstruct, index: Tensor, noise: BatchNoise) -> tuple[Tensor, ...]:
         """The module's arguments for the samples `index` [B], as the stage's input source says.
 
         "mixed" mixes the first argument element by element; the others (time embedding, context) are always the
@@ -54,7 +54,7 @@ class UnitData:
         chosen = take_rows(self.quantized, index)
         if stage.inputs == "mixed":
             first = chosen[0]
-            mixed = torch.where(draws.uniform(first) < stage.mix, first, take_rows(self.float_, index)[0])
+            mixed = torch.where(noise.uniform(first) < stage.mix, first, take_rows(self.float_, index)[0])
             return mixed, *chosen[1:]
         return chosen
 
@@ -112,12 +112,12 @@ class UnitTask:
 class UnitLearning:
     """A task under way: everything an iteration reads and writes, as tensors on the unit's device."""
 
-    def __init__(self, task: UnitTask, indices: Tensor, draws: Draws) -> None:
-        """indices: [iterations, B]; draws: what an iteration draws, for the team's part of a batch."""
-        self.task, self.indices, self.draws = task, indices, draws
+    def __init__(self, task: UnitTask, indices: Tensor, noise: BatchNoise) -> None:
+        """indices: [iterations, B]; noise: what an iteration draws, for the team's part of a batch."""
+        self.task, self.indices, self.noise = task, indices, noise
         stage, device = task.stage, indices.device
         by_row = ["scale"] if task.steps.count > 1 else []  # a batch need not have every step group in it
-        self.optimization = Optimization(task.groups, stage.learn, stage.iterations, draws.team, by_row)
+        self.optimization = Optimization(task.groups, stage.learn, stage.iterations, noise.team, by_row)
         self.penalized = task.groups.get("rounding", []) if task.penalized is None else task.penalized
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the iteration to come
         self.beta = penalty_table(stage.penalty, stage.iterations).to(device)
@@ -149,7 +149,7 @@ class UnitLearning:
     def _loss(self, index: Tensor) -> Tensor:
         """The stage's loss, without penalty, for the samples `index`."""
         data, stage, unit, products = self.task.data, self.task.stage, self.task.unit, self.task.products
-        args, target = data.arguments(stage, index, self.draws), data.target[index]
+        args, target = data.arguments(stage, index, self.noise), data.target[index]
         if stage.loss.taps == 0:
             with products_context(products, target.device):
                 output = unit(*args)
@@ -184,18 +184,18 @@ def optimise(
     indices = minibatches(len(data.t), stage.batch_size, stage.iterations, generator).to(device)
     batch = indices.shape[1]
     team = Team() if team is None or batch < team.size else team
-    draws = Draws(_on_device(generator, device), team, batch)
+    noise = BatchNoise(_on_device(generator, device), team, batch)
     with ExitStack() as modes:
         modes.enter_context(learning(task.groups))
         modes.enter_context(training_mode(task.unit, task.train_mode))
-        modes.enter_context(dropping(act_quantizers(task.unit).values(), stage.drop, draws))
+        modes.enter_context(dropping(act_quantizers(task.unit).values(), stage.drop, noise))
         modes.enter_context(_seeded(task.train_mode, generator, device))
-        work = UnitLearning(task, indices, draws)
+        work = UnitLearning(task, indices, noise)
         starts = work.penalty_starts()
         # A graph holds the random state of its own generators only, and no copies between host and device.
         captures = data.on_device and not task.train_mode and team.size == 1
         where = device if captures else torch.device("cpu")
-        iterate = {p: repeated(lambda p=p: work.iterate(p), where, [draws.generator]) for p in (False, True)}
+        iterate = {p: repeated(lambda p=p: work.iterate(p), where, [noise.generator]) for p in (False, True)}
 
         def step(iteration: int) -> Tensor:
             iterate[iteration >= starts]()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.calibration.draws import Draws
+from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.calibration.hooks import (
     dropping,
     observing,
@@ -76,7 +76,7 @@ def test_quantizers_are_observed_within_the_block_only(quantizer):
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_each_element_stays_float_with_the_given_probability(quantizer, probability, generator):
     x = torch.full((100, 100), 0.3)  # on the grid it is 0.5
-    with dropping([quantizer], probability, Draws(generator)):
+    with dropping([quantizer], probability, BatchNoise(generator)):
         dropped = quantizer(x)
     assert set(dropped.unique().tolist()) <= set(torch.tensor([0.3, 0.5]).tolist())
     assert (dropped == x).float().mean().item() == pytest.approx(probability, abs=0.02)
@@ -85,7 +85,7 @@ def test_each_element_stays_float_with_the_given_probability(quantizer, probabil
 
 def test_dropping_ends_with_its_block_and_draws_anew_each_time(quantizer, generator):
     x = torch.full((100, 100), 0.3)
-    with pytest.raises(Stop), dropping([quantizer], 0.5, Draws(generator)):
+    with pytest.raises(Stop), dropping([quantizer], 0.5, BatchNoise(generator)):
         assert not torch.equal(quantizer(x), quantizer(x))
         raise Stop
     assert quantizer.drop is None

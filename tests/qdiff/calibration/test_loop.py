@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.calibration.draws import Draws
+from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.calibration.loop import UnitData, UnitTask, minibatches, optimise, parameter_groups
 from qdiff.nn.functional import fake_quantize, soft_quantize, soft_round
 from qdiff.nn.layers import QUANT_LAYERS, act_quantizers, quant_layers
@@ -292,7 +292,7 @@ def test_flags_are_put_back(unit, float_unit, data, stopped, train_mode):
 @pytest.mark.parametrize("inputs", ["float", "quantized"])
 def test_inputs_come_from_the_prefix_that_the_stage_names(data, generator, inputs):
     index = torch.tensor([3, 1])
-    (found,) = data.arguments(Reconstruct(inputs=inputs), index, Draws(generator))
+    (found,) = data.arguments(Reconstruct(inputs=inputs), index, BatchNoise(generator))
     assert torch.equal(found, (data.float_ if inputs == "float" else data.quantized)[0][index])
 
 
@@ -300,11 +300,11 @@ def test_mixed_inputs_take_each_element_of_the_first_argument_from_either_prefix
     """The second argument, time embedding or context, is always the quantized prefix's (methods §2.3)."""
     zeros, ones = torch.zeros(50, 200), torch.ones(50, 200)
     data = UnitData((ones, ones), (zeros, zeros), zeros, torch.zeros(50))
-    first, second = data.arguments(Reconstruct(inputs="mixed", mix=0.3), torch.arange(50), Draws(generator))
+    first, second = data.arguments(Reconstruct(inputs="mixed", mix=0.3), torch.arange(50), BatchNoise(generator))
     assert set(first.unique().tolist()) == {0, 1}
     assert first.mean().item() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(second, ones)
-    again, _ = data.arguments(Reconstruct(inputs="mixed", mix=0.3), torch.arange(50), Draws(generator))
+    again, _ = data.arguments(Reconstruct(inputs="mixed", mix=0.3), torch.arange(50), BatchNoise(generator))
     assert not torch.equal(first, again)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qdiff.calibration.draws import Draws
+from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.utils.team import Team
 
 
@@ -41,9 +41,9 @@ def test_every_piece_of_work_has_one_owner(count, size):
 def test_a_team_draws_the_numbers_of_one_process(rows):
     """rows: of each sample, as attention heads have them."""
     size, batch = 3, 7
-    whole = Draws(torch.Generator().manual_seed(0)).uniform(torch.empty(batch * rows, 2, 5))
+    whole = BatchNoise(torch.Generator().manual_seed(0)).uniform(torch.empty(batch * rows, 2, 5))
     for member in members(size):
         mine = member.share(torch.arange(batch))
-        draws = Draws(torch.Generator().manual_seed(0), member, batch)
-        found = draws.uniform(torch.empty(len(mine) * rows, 2, 5))
+        noise = BatchNoise(torch.Generator().manual_seed(0), member, batch)
+        found = noise.uniform(torch.empty(len(mine) * rows, 2, 5))
         assert torch.equal(found, whole.view(batch, rows, 2, 5)[mine].flatten(0, 1))

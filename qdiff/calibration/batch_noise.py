@@ -11,8 +11,11 @@ from qdiff.utils.team import Team
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Draws from a generator, of which every process has one in the same state. batch: rows that the team shares."""
+class BatchNoise:
+    """Random numbers from a generator in the same state in every process.
+
+    batch: rows that the team shares.
+    """
 
     generator: torch.Generator
     team: Team = field(default_factory=Team)
