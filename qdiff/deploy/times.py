@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.checkpoints.native import digest_of, tensor_hash
 from qdiff.utils.devices import device_name
-from qdiff.utils.measurement_cache import Measured, cache_folder, hash_of_sources, milliseconds
+from qdiff.utils.measurement_cache import MeasurementCache, cache_folder, hash_of_sources, milliseconds
 
 DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of modules that decide how fast they are
 
@@ -26,7 +26,7 @@ class Times:
     def __init__(self, device: torch.device) -> None:
         versions = f"torch {torch.__version__}, qdiff {_sources_version()}"
         self._machine = f"{device_name(device)} | {versions}"
-        self._measured = Measured(cache_folder() / "runtimes.json", milliseconds)
+        self._measured = MeasurementCache(cache_folder() / "runtimes.json", milliseconds)
 
     def of(self, what: str, measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], bool]:
         """(numbers of the alternatives for `what`, whether they were known before)"""

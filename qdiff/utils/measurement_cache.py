@@ -27,7 +27,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff"
 
 
-class Measured(Generic[Answer]):
+class MeasurementCache(Generic[Answer]):
     """Answers under keys, in memory and in a JSON file.
 
     Of several processes that look for the same answer the first to write it is right, so that all go on alike. What

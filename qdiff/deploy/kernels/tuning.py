@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from qdiff.utils.measurement_cache import Measured, cache_folder, hash_of_sources
+from qdiff.utils.measurement_cache import MeasurementCache, cache_folder, hash_of_sources
 
 LOGGER = logging.getLogger(__name__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,7 +55,7 @@ class Tuner:
         """path: the file; device: part of every key; timer: None takes every first candidate unmeasured."""
         self.device, self.timer = device, timer
         self._version = f"triton {triton.__version__}, kernels {_kernels_version()}"
-        self._measured = Measured(path, Config.of)
+        self._measured = MeasurementCache(path, Config.of)
 
     def choose(self, kernel: str, shape: Sequence[object], candidates: Sequence[Config], launch: Callable) -> Config:
         """The fastest candidate for launch(config), from memory or measured now.

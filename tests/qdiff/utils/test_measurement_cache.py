@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from qdiff.utils.measurement_cache import Measured, cache_folder, hash_of_sources, milliseconds
+from qdiff.utils.measurement_cache import MeasurementCache, cache_folder, hash_of_sources, milliseconds
 
 
 @pytest.fixture
@@ -15,25 +15,25 @@ def path(tmp_path):
 
 
 def test_what_was_added_comes_back(path):
-    kept = Measured(path, milliseconds)
+    kept = MeasurementCache(path, milliseconds)
     assert kept.get("layer") is None
     assert kept.add("layer", {"integer": 1.5, "16-bit eager": 2.0}) == {"integer": 1.5, "16-bit eager": 2.0}
-    again = Measured(path, milliseconds)
+    again = MeasurementCache(path, milliseconds)
     assert again.get("layer") == {"integer": 1.5, "16-bit eager": 2.0} and again.get("other") is None
 
 
 def test_the_first_of_two_processes_is_right_and_both_keep_their_answers(path):
-    one, other = Measured(path, milliseconds), Measured(path, milliseconds)
+    one, other = MeasurementCache(path, milliseconds), MeasurementCache(path, milliseconds)
     one.add("both", {"integer": 1.0})
     assert other.add("both", {"integer": 9.0}) == {"integer": 1.0} == other.get("both")
     other.add("own", {"integer": 3.0})
-    assert Measured(path, milliseconds).get("own") == {"integer": 3.0}
-    assert Measured(path, milliseconds).get("both") == {"integer": 1.0}
+    assert MeasurementCache(path, milliseconds).get("own") == {"integer": 3.0}
+    assert MeasurementCache(path, milliseconds).get("both") == {"integer": 1.0}
 
 
 def test_nothing_is_lost_where_many_write_at_once(path):
     def write(number):
-        Measured(path, milliseconds).add(f"key {number}", {"ms": number})
+        MeasurementCache(path, milliseconds).add(f"key {number}", {"ms": number})
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
     for thread in threads:
@@ -48,14 +48,14 @@ def test_a_damaged_file_is_measured_anew_with_a_warning(content, path, caplog):
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING):
-        kept = Measured(path, milliseconds)
+        kept = MeasurementCache(path, milliseconds)
     assert f"{path}: not readable" in caplog.text
-    assert kept.add("layer", {"ms": 1.0}) == {"ms": 1.0} == Measured(path, milliseconds).get("layer")
+    assert kept.add("layer", {"ms": 1.0}) == {"ms": 1.0} == MeasurementCache(path, milliseconds).get("layer")
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    kept = Measured(tmp_path / "file" / "times.json", milliseconds)
+    kept = MeasurementCache(tmp_path / "file" / "times.json", milliseconds)
     with caplog.at_level(logging.WARNING):
         assert kept.add("layer", {"ms": 1.0}) == {"ms": 1.0} == kept.get("layer")
     assert "what was measured is not kept" in caplog.text
