@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qdiff.checkpoints.native import load_checkpoint
 from qdiff.deploy.agreement import LIMIT, distances
 from qdiff.deploy.convert import integer_network, is_integer, load_integer
-from qdiff.deploy.times import Times, contents, signature, sizes_of
+from qdiff.deploy.times import RuntimeTimings, contents, signature, sizes_of
 from qdiff.families import Adapter
 from qdiff.nn.layers import QuantLayer
 
@@ -65,7 +65,7 @@ def prepare(
         return prepare(network, adapter, runtime, device=device, attention=attention)
     known_by = f"{signature(network)} attention {attention} {_onnx_form()}"
     candidates = _candidates(network, adapter, attention)
-    return FastestAtFirstCall(candidates, Times(device), known_by, report or logger.info)
+    return FastestAtFirstCall(candidates, RuntimeTimings(device), known_by, report or logger.info)
 
 
 def load(
@@ -241,7 +241,7 @@ class FastestAtFirstCall(ChosenAtFirstCall):
     """The fastest of some candidates by what was measured on the first batch of its sizes that this machine has seen;
     the others are given up. The first candidate is what was calibrated: those that give other numbers are refused."""
 
-    def __init__(self, candidates: dict[str, nn.Module], times: Times, network: str, report: Report) -> None:
+    def __init__(self, candidates: dict[str, nn.Module], times: RuntimeTimings, network: str, report: Report) -> None:
         """network: what `times` know the network by."""
         super().__init__(next(iter(candidates.values())).step_table)
         self._candidates, self._times, self._network, self._report = candidates, times, network, report

@@ -17,7 +17,7 @@ from qdiff.utils.measurement_cache import MeasurementCache, cache_folder, hash_o
 DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of modules that decide how fast they are
 
 
-class Times:
+class RuntimeTimings:
     """Milliseconds, or other numbers, by name, in runtimes.json of the cache folder.
 
     They are kept under what was measured, the device and the versions.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdiff.deploy.kernels.convert import RUNS_FLOAT, RUNS_INTEGER, check_triton, shared_grid, to_kernels
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
 from qdiff.deploy.runtime import ChosenAtFirstCall, shown
-from qdiff.deploy.times import Times, signature, sizes_of
+from qdiff.deploy.times import RuntimeTimings, signature, sizes_of
 from qdiff.families.base import Adapter
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a run
@@ -42,7 +42,12 @@ class Choice:
 
 @torch.no_grad()
 def choose(
-    network: nn.Module, adapter: Adapter, arguments: tuple[Tensor, ...], dtype: torch.dtype, timer: Timer, times: Times
+    network: nn.Module,
+    adapter: Adapter,
+    arguments: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    timer: Timer,
+    times: RuntimeTimings,
 ) -> list[Choice]:
     """The times of the layers and attention products of an integer network at the sizes that `arguments` lead to.
 
@@ -186,7 +191,7 @@ class FastestKernels(ChosenAtFirstCall):
         network, adapter, report, dtype, timer, compiler = self._waiting
         if timer is None:
             from qdiff.deploy.kernels.tuning import on_device as timer
-        times = Times(network.step_table.lookup.device)
+        times = RuntimeTimings(network.step_table.lookup.device)
         found = choose(network, adapter, arguments, dtype, timer, times)
         for choice in found:
             report(f"runtime auto: {choice}")

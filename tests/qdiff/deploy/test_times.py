@@ -7,7 +7,7 @@ import torch
 
 from qdiff.deploy import times as timing
 from qdiff.deploy.convert import integer_network
-from qdiff.deploy.times import Times, signature, sizes_of
+from qdiff.deploy.times import RuntimeTimings, signature, sizes_of
 from qdiff.recipes.recipe import QuantSpec, Recipe
 from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges
 
@@ -26,18 +26,18 @@ def test_measured_once(own_cache):
         asked.append(1)
         return {"simulate": 3.0, "onnx": 1.0}
 
-    assert Times(CPU).of("a network", measure) == ({"simulate": 3.0, "onnx": 1.0}, False)
-    assert Times(CPU).of("a network", measure) == ({"simulate": 3.0, "onnx": 1.0}, True) and len(asked) == 1
-    assert Times(CPU).of("another", measure)[1] is False and len(asked) == 2
+    assert RuntimeTimings(CPU).of("a network", measure) == ({"simulate": 3.0, "onnx": 1.0}, False)
+    assert RuntimeTimings(CPU).of("a network", measure) == ({"simulate": 3.0, "onnx": 1.0}, True) and len(asked) == 1
+    assert RuntimeTimings(CPU).of("another", measure)[1] is False and len(asked) == 2
     (first, _) = json.loads((own_cache / "runtimes.json").read_text())
     assert f"torch {torch.__version__}" in first and "threads" in first
 
 
 @pytest.mark.parametrize("changed", ["device_name", "_sources_version"])
 def test_another_device_or_version_is_measured_anew(own_cache, monkeypatch, changed):
-    Times(CPU).of("a network", lambda: {"onnx": 1.0})
+    RuntimeTimings(CPU).of("a network", lambda: {"onnx": 1.0})
     monkeypatch.setattr(timing, changed, lambda *_: "another")
-    assert Times(CPU).of("a network", lambda: {"onnx": 2.0}) == ({"onnx": 2.0}, False)
+    assert RuntimeTimings(CPU).of("a network", lambda: {"onnx": 2.0}) == ({"onnx": 2.0}, False)
 
 
 def test_networks_of_one_signature(quantized):
