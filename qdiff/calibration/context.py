@@ -86,7 +86,7 @@ class RunOptions:
 class Calibration:
     """A float network, its quantized copy, and what the stages share.
 
-    bases: the weight that each layer's codes were rounded from, by dotted name: the float one, or what error
+    unrounded_weights: what each layer's codes were rounded from, by dotted name: the float weight, or what error
     compensation made of it.
     """
 
@@ -101,7 +101,7 @@ class Calibration:
     store: Store
     record: Record
     rollouts: Rollouts | None = None  # float trajectories with their sampler, for stages over groups of steps
-    bases: dict[str, Tensor] = field(default_factory=dict)
+    unrounded_weights: dict[str, Tensor] = field(default_factory=dict)
     reports: list[UnitReport] = field(default_factory=list)
 
     def units(self) -> list[str]:
@@ -140,29 +140,32 @@ class Calibration:
         return found[1]
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
-        """Put back the state of some modules, and some bases."""
-        bases = {key: tensor for key, tensor in tensors.items() if key.startswith("bases/")}
+        """Put back the state of some modules, and some unrounded weights."""
+        unrounded_weights = {key: tensor for key, tensor in tensors.items() if key.startswith("bases/")}
         device = next(self.network.parameters()).device
-        self.bases |= {key.removeprefix("bases/"): tensor.to(device) for key, tensor in bases.items()}
-        put_state(self.network, {key: tensor for key, tensor in tensors.items() if key not in bases})
+        self.unrounded_weights |= {
+            key.removeprefix("bases/"): tensor.to(device) for key, tensor in unrounded_weights.items()
+        }
+        put_state(self.network, {key: tensor for key, tensor in tensors.items() if key not in unrounded_weights})
 
     def keep(
         self,
         stage: int,
         unit: str = "",
         modules: list[str] | None = None,
-        bases: list[str] | None = None,
+        unrounded_weights: list[str] | None = None,
         notes: dict[str, Any] | None = None,
         owner: int = 0,
     ) -> dict[str, Any]:
-        """Record a finished piece: the state of some modules (default: the unit), and some bases. Returns its notes.
+        """Record a finished piece: the state of some modules (default: the unit), and some unrounded
+        weights. Returns its notes.
 
         owner: the process that has it; the others take it over, and so go on with the same numbers bit for bit.
         """
         team, piece = self.options.team, None
         if team.rank == owner and (team.size > 1 or self.record.folder is not None):
             tensors = state_of(self.network, [unit] if modules is None else modules)
-            piece = tensors | {f"bases/{name}": self.bases[name] for name in bases or []}
+            piece = tensors | {f"bases/{name}": self.unrounded_weights[name] for name in unrounded_weights or []}
         piece, notes = team.broadcast((piece, notes or {}), owner)
         if team.rank != owner:
             self._put(piece)

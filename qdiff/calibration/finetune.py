@@ -27,7 +27,7 @@ def finetune(run: Calibration, stage: Finetune, number: int = 0) -> None:
     notes = run.restore(number)
     if notes is None:
         work = _Finetuning(run, stage, number)
-        notes = run.keep(number, modules=[""], bases=list(work.tuned), notes=work.learn())
+        notes = run.keep(number, modules=[""], unrounded_weights=list(work.tuned), notes=work.learn())
     report = UnitReport.of(notes)
     run.reports.append(report)
     run.progress.unit(report, 1, 1)
@@ -67,7 +67,7 @@ class _Finetuning:
 
         losses = optimization.run(step, tick, snapshots, losses)
         for name, layer in self.tuned.items():
-            run.bases[name] = torch.cat([r.weight.detach() for r in layer.rounding], 1)
+            run.unrounded_weights[name] = torch.cat([r.weight.detach() for r in layer.rounding], 1)
             layer.finish_rounding()
         run.progress.finish()
         return attempt.finish(before, self._output_error(), "always", stage.iterations, losses)
@@ -76,7 +76,9 @@ class _Finetuning:
         """The learned parameters: weights with biases, and scales."""
         groups: Groups = {}
         if self.tuned:
-            weights = [w for n, layer in self.tuned.items() for w in layer.start_finetuning(self.run.bases[n])]
+            weights = [
+                w for n, layer in self.tuned.items() for w in layer.start_finetuning(self.run.unrounded_weights[n])
+            ]
             groups["weight"] = weights + [layer.bias for layer in self.tuned.values() if layer.bias is not None]
         if "scale" in self.stage.learn:
             groups["scale"] = learnable_scales(self._quantizers())

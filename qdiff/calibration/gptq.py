@@ -101,11 +101,11 @@ def _inverse_factor(moment: Tensor) -> Tensor:
 
 
 def compensate_unit(
-    frontier: Frontier, name: str, bases: dict[str, Tensor], options: GPTQ, generator: torch.Generator
+    frontier: Frontier, name: str, unrounded_weights: dict[str, Tensor], options: GPTQ, generator: torch.Generator
 ) -> None:
     """Round the layers of one unit in the order in which it runs them, each on inputs that the earlier ones produce.
 
-    bases: float weights by dotted layer name; they are replaced by the compensated ones.
+    unrounded_weights: float weights by dotted layer name; they are replaced by the compensated ones.
     """
     for layer_name, layer in execution_order(frontier, name):
         if not layer.weight_quantizers:
@@ -116,7 +116,7 @@ def compensate_unit(
                 pass
         if not moment.total.isfinite().all():
             raise ValueError(f"{layer_name}: expected finite inputs, found NaN or infinite ones")
-        codes, bases[layer_name] = compensate(layer, bases[layer_name], moment.total, options)
+        codes, unrounded_weights[layer_name] = compensate(layer, unrounded_weights[layer_name], moment.total, options)
         layer.freeze(codes)
 
 

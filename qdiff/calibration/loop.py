@@ -67,15 +67,17 @@ def minibatches(count: int, batch_size: int, iterations: int, generator: torch.G
     return found
 
 
-def parameter_groups(unit: nn.Module, stage: Reconstruct, bases: dict[nn.Module, Tensor]) -> Groups:
+def parameter_groups(unit: nn.Module, stage: Reconstruct, unrounded_weights: dict[nn.Module, Tensor]) -> Groups:
     """The parameters of each learned group of a unit; soft rounding is started where rounding is learned.
 
-    bases: the weight that each layer's learned rounding starts from.
+    unrounded_weights: the weight that each layer's learned rounding starts from.
     """
     layers = [layer for layer in quant_layers(unit).values() if layer.weight_quantizers]
     groups: Groups = {}
     if "rounding" in stage.learn:
-        groups["rounding"] = [alpha for layer in layers for alpha in layer.start_rounding(bases[layer], stage.sharpen)]
+        groups["rounding"] = [
+            alpha for layer in layers for alpha in layer.start_rounding(unrounded_weights[layer], stage.sharpen)
+        ]
     if "scale" in stage.learn:
         groups["scale"] = learnable_scales(list(act_quantizers(unit).values()))
     if "bias" in stage.learn:

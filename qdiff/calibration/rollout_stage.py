@@ -126,7 +126,11 @@ class _Rolling:
     def _parameters(self, row: int | None) -> Groups:
         """The learned parameters; of quantizers with one set for all groups only where all groups learn together."""
         run = self.run
-        layers = {layer: run.bases[n] for n, layer in quant_layers(run.network).items() if n in run.bases}
+        layers = {
+            layer: run.unrounded_weights[n]
+            for n, layer in quant_layers(run.network).items()
+            if n in run.unrounded_weights
+        }
         groups = parameter_groups(run.network, self.stage, layers)
         if row is not None and run.network.step_table.count > 1:
             shared = {q.scale for q in act_quantizers(run.network).values() if q.steps.count == 1}

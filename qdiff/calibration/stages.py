@@ -41,16 +41,16 @@ def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -
     find = make_finder(stage.range)
     layers = {n: m for n, m in quant_layers(run.network).items() if m.weight_quantizers}
     for name in layers:  # replaced later, never written to
-        run.bases[name] = run.float_network.get_submodule(name).weight.detach()
+        run.unrounded_weights[name] = run.float_network.get_submodule(name).weight.detach()
     if run.restore(number) is not None:
         return
     run.progress.start("weight ranges", len(layers))
     for name, layer in layers.items():
         for part, quantizer in zip(layer.slices, layer.weight_quantizers, strict=True):
-            rows = run.bases[name][:, part].reshape(quantizer.scale.shape[0], -1)
+            rows = run.unrounded_weights[name][:, part].reshape(quantizer.scale.shape[0], -1)
             ends = find(rows, quantizer.spec)
             quantizer.set_grid(*grid_from_range(*ends, quantizer.spec, "raw_min_range" in run.recipe.compat))
-        layer.freeze(layer.nearest_codes(run.bases[name]))
+        layer.freeze(layer.nearest_codes(run.unrounded_weights[name]))
         run.progress.advance(note=name)
     run.keep(number)
     run.progress.finish()
@@ -64,8 +64,12 @@ def compensate_weights(run: Calibration, stage: GPTQ, number: int = 0) -> None:
     for i, name in enumerate(names):
         if run.restore(number, name) is None:
             frontier = frontier or run.frontier(run.network, stage.batch_size)
-            compensate_unit(frontier, name, run.bases, stage, run.generator(number, i))
-            run.keep(number, name, bases=[n for n in run.bases if n == name or n.startswith(f"{name}.")])
+            compensate_unit(frontier, name, run.unrounded_weights, stage, run.generator(number, i))
+            run.keep(
+                number,
+                name,
+                unrounded_weights=[n for n in run.unrounded_weights if n == name or n.startswith(f"{name}.")],
+            )
         run.progress.advance(note=name)
     run.progress.finish()
 
@@ -166,7 +170,11 @@ class _Learner:
         """Learn one unit; its report as plain data, {} where it has nothing to learn."""
         run, stage = self.run, self.stage
         unit, attempt = run.segment(name), UndoableUnit(run, self.number, name, [name])
-        layers = {layer: run.bases[n] for n, layer in quant_layers(run.network).items() if n in run.bases}
+        layers = {
+            layer: run.unrounded_weights[n]
+            for n, layer in quant_layers(run.network).items()
+            if n in run.unrounded_weights
+        }
         data = self._data(name)
         error_before = self._error(name, data)
         groups = parameter_groups(unit.module, stage, layers)

@@ -155,8 +155,8 @@ def test_the_base_of_later_stages_is_the_tuned_weight(tuned):
     run = tuned(Finetune(("role:time",), FAST, iterations=10))
     for name in time_layers(run):
         layer = run.network.get_submodule(name)
-        assert not torch.equal(run.bases[name], run.float_network.get_submodule(name).weight)
-        assert (layer.nearest_codes(run.bases[name]) - layer.codes).abs().max() <= 1
+        assert not torch.equal(run.unrounded_weights[name], run.float_network.get_submodule(name).weight)
+        assert (layer.nearest_codes(run.unrounded_weights[name]) - layer.codes).abs().max() <= 1
 
 
 def test_losses_are_local_and_global(untuned, states):

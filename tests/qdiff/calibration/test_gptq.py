@@ -244,11 +244,11 @@ def test_layers_are_taken_in_the_order_in_which_the_unit_calls_them():
 def test_each_layer_of_a_unit_is_rounded_on_what_the_rounded_ones_before_it_produce(
     quantized_base, adapter, states, generator
 ):
-    network, bases = quantized_base
+    network, unrounded_weights = quantized_base
     options, name = GPTQ(rows=10**6), "up.1.block.0"
     frontier = Frontier(network, adapter, states, 20)
-    former = {n: base.clone() for n, base in bases.items()}
-    compensate_unit(frontier, name, bases, options, generator)
+    former = {n: base.clone() for n, base in unrounded_weights.items()}
+    compensate_unit(frontier, name, unrounded_weights, options, generator)
     unit = network.get_submodule(name)
     args = frontier.inputs(name)
     assert list(quant_layers(unit)) == ["conv1", "temb_proj", "conv2", "nin_shortcut"]
@@ -258,10 +258,10 @@ def test_each_layer_of_a_unit_is_rounded_on_what_the_rounded_ones_before_it_prod
             unit(*args)
         codes, compensated = compensate(layer, former[f"{name}.{n}"], moment.total, options)
         assert torch.equal(layer.codes.float(), codes.float()), n
-        assert torch.equal(bases[f"{name}.{n}"], compensated), n
+        assert torch.equal(unrounded_weights[f"{name}.{n}"], compensated), n
         assert not torch.equal(codes, layer.nearest_codes(former[f"{name}.{n}"]))
-    untouched = {n for n in bases if not n.startswith(name)}
-    assert all(torch.equal(bases[n], former[n]) for n in untouched)
+    untouched = {n for n in unrounded_weights if not n.startswith(name)}
+    assert all(torch.equal(unrounded_weights[n], former[n]) for n in untouched)
 
 
 @pytest.fixture
@@ -269,4 +269,4 @@ def quantized_base(make_network, adapter, states):
     """A network in float64 with nearest codes, one layer left float, and the float weights by layer name."""
     recipe = Recipe("w3", W3, rules=(Rule("conv_in", 0),), split_shortcuts=True, stages=(WeightRanges(RangeSpec()),))
     run = calibrate(make_network(32).double(), adapter, recipe, states, 0)
-    return run.network, run.bases
+    return run.network, run.unrounded_weights

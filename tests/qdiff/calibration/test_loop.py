@@ -69,8 +69,8 @@ def data(float_unit):
 
 def learn(unit, float_unit, data, stage, seed=0, team=None, tick=lambda loss: None, **options):
     """One unit learned; rounding is left soft."""
-    bases = {layer: float_unit.get_submodule(name).weight for name, layer in quant_layers(unit).items()}
-    groups = parameter_groups(unit, stage, bases)
+    unrounded_weights = {layer: float_unit.get_submodule(name).weight for name, layer in quant_layers(unit).items()}
+    groups = parameter_groups(unit, stage, unrounded_weights)
     task = UnitTask(unit, data, stage, groups, STEPS, float_unit, **options)
     return optimise(task, torch.Generator().manual_seed(seed), tick, team)
 
