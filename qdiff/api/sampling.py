@@ -39,10 +39,10 @@ def sample_batches(
     steps: of the sampler, which the bar counts. observe: batch -> observer of its network calls. team: processes of
     which each samples its part of the batches; the leading one shows the bar, of its part.
     """
-    indices = team.mine(indices)
+    indices = team.local_items(indices)
     if not indices:  # of a run whose images are all there
         return
-    options = {"unit": "step", "dynamic_ncols": True, "disable": not team.leads}
+    options = {"unit": "step", "dynamic_ncols": True, "disable": not team.is_main}
     with tqdm(total=len(indices) * steps, desc=title, **options) as bar:
         for number, batch in enumerate(indices):
             watch = None if observe is None else observe(batch)

@@ -25,7 +25,7 @@ class BatchNoise:
         """Numbers in [0, 1), a float32 one for each element of x: [B, ...], or [k B, ...] with k rows a sample."""
         if self.team.size == 1:
             return torch.rand(x.shape, generator=self.generator, device=self.generator.device).to(x.device)
-        each = x.shape[0] // len(self.team.share(torch.empty(self.batch)))
+        each = x.shape[0] // len(self.team.local_rows(torch.empty(self.batch)))
         shape = (self.batch, each, *x.shape[1:])
         whole = torch.rand(shape, generator=self.generator, device=self.generator.device)
-        return self.team.share(whole).flatten(0, 1).to(x.device)
+        return self.team.local_rows(whole).flatten(0, 1).to(x.device)

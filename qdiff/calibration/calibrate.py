@@ -48,7 +48,7 @@ def calibrate(
     """
     options = options or RunOptions()
     team = options.team
-    record = Record(options.record if team.leads else None, options.plan, team.leads)
+    record = Record(options.record if team.is_main else None, options.plan, team.is_main)
     network = insert_quantizers(copy.deepcopy(float_network), recipe, adapter, timesteps)
     network.requires_grad_(False).eval()
     store = Store(next(network.parameters()).device, options.memory, options.scratch)

@@ -63,7 +63,7 @@ class Optimization:
         its gradients to the parameters, and returns it detached.
         """
         team = self.team if len(index) >= self.team.size else Team()  # without a sample for each, all do all of it
-        rows = team.share(index)
+        rows = team.local_rows(index)
         self.adam.zero_grad()
         loss = backward(Share(rows, len(rows) / len(index), team.size))  # parts of a batch may differ by one
         team.sum([loss, *self.adam.gradients()])

@@ -68,12 +68,12 @@ def put_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 class Record:
     """The finished pieces of one calibration, in a folder; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None = None, plan: Mapping[str, Any] | None = None, leads: bool = True) -> None:
-        """plan: what determines the result; kept beside the pieces. leads: whether this process writes.
+    def __init__(self, folder: Path | None = None, plan: Mapping[str, Any] | None = None, is_main: bool = True) -> None:
+        """plan: what determines the result; kept beside the pieces. is_main: whether this process writes.
 
         Raises ValueError where the folder holds pieces of another plan, naming what differs.
         """
-        self.folder, self.leads = folder, leads
+        self.folder, self.is_main = folder, is_main
         self._pieces: dict[tuple[int, str], Path] = {}
         self._next = 0  # number of the next file: always the highest, so that of two of one piece the later is known
         if folder is None:
@@ -86,7 +86,7 @@ class Record:
             about = _about(path)
             self._put((about["stage"], about["unit"]), path)
             self._next = int(path.stem) + 1
-        if leads and found is None:
+        if is_main and found is None:
             write_text(folder / PLAN, json.dumps(plan, indent=1, sort_keys=True))
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Record:
 
         Raises OSError where it cannot be written; former pieces stay usable.
         """
-        if self.folder is None or not self.leads:
+        if self.folder is None or not self.is_main:
             return
         path = self.folder / f"{self._next:05d}.safetensors"
         about = json.dumps({"stage": stage, "unit": unit, "notes": dict(notes)})
@@ -120,12 +120,12 @@ class Record:
     def _put(self, key: tuple[int, str], path: Path) -> None:
         former = self._pieces.get(key)
         self._pieces[key] = path
-        if former is not None and self.leads:
+        if former is not None and self.is_main:
             former.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the calibration is finished and its result saved."""
-        if self.folder is None or not self.leads:
+        if self.folder is None or not self.is_main:
             return
         half_written = self.folder.glob(".*")  # by a process that was killed
         for path in [*self._pieces.values(), *half_written, self.folder / PLAN]:

@@ -70,7 +70,7 @@ def execute(model: ChosenModel, plan: QuantizationPlan, device: torch.device, te
     )
     float_model = model.source.load(device)
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_user(folder) if team.leads else nullcontext():
+    with sole_user(folder) if team.is_main else nullcontext():
         start_log(folder, args.verbose, team.rank)
         warn_without_effect(args)
         warn_of_start(pipeline)
@@ -86,5 +86,5 @@ def execute(model: ChosenModel, plan: QuantizationPlan, device: torch.device, te
             team,
             pipeline.path,
         )
-    if team.leads:
+    if team.is_main:
         print(f"{folder / CHECKPOINT_NAME}: {bits_label(plan.recipe)}, by {plan.recipe.name}")

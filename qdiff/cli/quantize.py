@@ -219,7 +219,7 @@ def calibrate_and_write(
     args, unfinished, finished, team = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
     if team.broadcast(finished.exists()):
         logger.info("%s: calibrated before the interruption", finished)
-        if team.leads:
+        if team.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         return load_checkpoint(finished).network
     trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.seeds, unfinished, team)
@@ -231,7 +231,7 @@ def calibrate_and_write(
         max_memory=args.max_memory or MemoryLimits(),
         scratch=args.scratch or folder,
         matmul_precision=args.calibration_products,
-        progress=CalibrationLog(folder, device, args.tensorboard) if team.leads else None,
+        progress=CalibrationLog(folder, device, args.tensorboard) if team.is_main else None,
         team=team,
         provenance=provenance | {"weights": str(args.cali_ckpt)},
     )
@@ -239,7 +239,7 @@ def calibrate_and_write(
     logger.info("device: %s", describe_device(run.network))
     logger.info("states took at most %s bytes", run.store.peak)
     logger.info("peak memory: %s bytes", peak_memory(device))
-    if team.leads:
+    if team.is_main:
         plot_losses(run.reports, folder / PLOT_NAME)
         write_calibrated(folder, run, trajectories.timesteps, provenance)
         (unfinished / STATES_NAME).unlink(missing_ok=True)
@@ -266,9 +266,9 @@ def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Pat
     """The states of the run that was interrupted, or new ones, kept for that case."""
     path = unfinished / STATES_NAME
     if team.broadcast(path.exists()):
-        return team.broadcast(load_trajectories(path) if team.leads else None)
+        return team.broadcast(load_trajectories(path) if team.is_main else None)
     trajectories = record(count)
-    if team.leads:
+    if team.is_main:
         save_shard(trajectories, path, {})
     return trajectories
 

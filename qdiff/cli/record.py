@@ -75,7 +75,7 @@ def execute(args: argparse.Namespace, model: ChosenModel, device: torch.device, 
     provenance = origin | model.pipeline.describe() | {"batch_size": args.batch_size, "n_samples": args.n_samples}
     indices = list(batches(FIRST_CALIBRATION_IMAGE, args.n_samples, args.batch_size))
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_user(folder) if team.leads else nullcontext():
+    with sole_user(folder) if team.is_main else nullcontext():
         record(args, model, loaded, team, folder, provenance, indices)
 
 
@@ -90,14 +90,14 @@ def record(
 ) -> None:
     """Write the shards that are missing in `folder`; one file of them all where --out asks for it."""
     one_file = folder != args.out
-    todo = team.broadcast(unfinished_shards(folder, provenance, indices) if team.leads else None)
+    todo = team.broadcast(unfinished_shards(folder, provenance, indices) if team.is_main else None)
     start_log(folder, args.verbose, team.rank)
     warn_of_start(model.pipeline)
     for batch, part in loaded.record(list(todo), team):
         save_shard(part, shard_path(folder, todo[batch]), provenance)
         logger.info("%s: %d samples, %d steps", shard_path(folder, todo[batch]).name, part.samples, part.steps)
     team.wait()
-    if not team.leads:
+    if not team.is_main:
         return
     if one_file:
         save_pickle(original_layout(load_trajectories(folder)), args.out)

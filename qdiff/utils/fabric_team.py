@@ -122,7 +122,7 @@ class FabricTeam(Team):
         self._watch.stop()
         with suppress(RuntimeError):  # the process that keeps the store leaves last
             self._store.add("left", 1)
-            while self.leads and self._store.add("left", 0) < self.size:
+            while self.is_main and self._store.add("left", 0) < self.size:
                 time.sleep(0.01)
         for child in self._children:
             child.wait()

@@ -28,16 +28,16 @@ class Team:
     def __exit__(self, *error: object) -> None:
         """The work is over."""
 
-    def share(self, batch: Tensor) -> Tensor:
+    def local_rows(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch [B, ...], such as sample indices."""
         return batch if self.size == 1 else batch[self.rank :: self.size]
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def local_items(self, items: Sequence[T]) -> list[T]:
         """This process's part of some independent pieces of work."""
         return list(items[self.rank :: self.size])
 
     def gather(self, found: Sequence[T], count: int) -> list[T]:
-        """What all processes have found for their parts (see `mine`) of `count` pieces of work, in the order of all."""
+        """What all processes have found for their `local_items` of `count` pieces of work, in the order of all."""
         parts = ((found[i // self.size] if i % self.size == self.rank else None, i % self.size) for i in range(count))
         return [self.broadcast(part, owner) for part, owner in parts]
 
@@ -52,6 +52,6 @@ class Team:
         """Go on when all processes have come here, however long that takes."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files that there is one of."""
         return self.rank == 0

@@ -41,7 +41,7 @@ def run_part(comparison: Comparison, slug: str, team: Team) -> None:
     """Do what is left of one part and write its result last. slug: FLOAT, or an entry's."""
     started = time.monotonic()
     device = team.device or comparison.device
-    if team.leads:  # what a process left behind that was killed while it wrote
+    if team.is_main:  # what a process left behind that was killed while it wrote
         half_written = [*comparison.part(slug).glob(".*"), *comparison.folder.glob(f".{slug}.safetensors.*")]
         for path in half_written:
             path.unlink()
@@ -50,7 +50,7 @@ def run_part(comparison: Comparison, slug: str, team: Team) -> None:
         found = run_float(comparison, model, team)
     else:
         found = run_entry(comparison, comparison.entry(slug), model, team)
-    if team.leads:
+    if team.is_main:
         found |= {"seconds": round(time.monotonic() - started, 1), "device": describe_device(model.network)}
         write_text(comparison.part(slug) / RESULT_NAME, json.dumps(found, indent=1) + "\n")
         for path in comparison.part(slug).glob("batch_*") if slug != FLOAT else ():
@@ -62,12 +62,12 @@ def run_float(comparison: Comparison, model: LoadedModel, team: Team) -> dict[st
     """Record float states, sample the images that all others are compared with, and keep what happens on the way."""
     provenance = {"family": comparison.model.adapter.family, **comparison.model.pipeline.describe(), **model.origin}
     shards = {batch: comparison.shard(i) for i, batch in enumerate(comparison.state_batches(comparison.seeds))}
-    todo = team.broadcast([batch for batch, path in shards.items() if team.leads and not path.exists()])
+    todo = team.broadcast([batch for batch, path in shards.items() if team.is_main and not path.exists()])
     for batch, part in model.record(todo, team):
         save_shard(part, shards[batch], provenance)
     sample_reference(comparison, model, team)
     peak = peak_memory(next(model.network.parameters()).device)
-    if not team.leads:
+    if not team.is_main:
         return {}
     seconds, images = _gathered(comparison, FLOAT, team)
     return {
@@ -91,7 +91,7 @@ def run_entry(comparison: Comparison, entry: Entry, model: LoadedModel, team: Te
     network = calibrated(comparison, entry, model, team)
     sample_entry(comparison, entry.slug, model, network, team)
     peak = peak_memory(next(network.parameters()).device)
-    if not team.leads:
+    if not team.is_main:
         return {}
     seconds, images = _gathered(comparison, entry.slug, team)
     reference = read_tensor(comparison.part(FLOAT) / IMAGES_NAME, "images")
@@ -173,11 +173,11 @@ def calibrated(comparison: Comparison, entry: Entry, model: LoadedModel, team: T
     args, adapter, trajectories = comparison.args, comparison.model.adapter, states_of(comparison, entry)
     provenance = {"seed": args.seed, "sampling": comparison.model.pipeline.describe(), **model.origin}
     record = comparison.folder / f"{entry.slug}.unfinished"
-    effort = Effort(comparison.part(entry.slug), device) if team.leads else None
+    effort = Effort(comparison.part(entry.slug), device) if team.is_main else None
     settings = CalibrationSettings(seed=args.seed, folder=record, progress=effort, team=team, provenance=provenance)
     path_of_sampler = comparison.model.pipeline.path
     run = calibrate_network(model.network, adapter, entry.recipe, trajectories, settings, path_of_sampler)
-    if team.leads:
+    if team.is_main:
         effort.keep()
         save_checkpoint(path, run.network, adapter, entry.recipe, trajectories.timesteps, provenance)
         run.record.remove()

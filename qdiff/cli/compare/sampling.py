@@ -142,7 +142,7 @@ def read_tensor(path: Path, name: str, count: int | None = None) -> Tensor:
 def _unfinished(comparison: Comparison, slug: str, team: Team) -> dict[range, Path]:
     """Batches of images that are not there yet, with the files that they go to."""
     files = {batch: comparison.batch_file(slug, i) for i, batch in enumerate(comparison.image_batches())}
-    return team.broadcast({batch: path for batch, path in files.items() if team.leads and not path.exists()})
+    return team.broadcast({batch: path for batch, path in files.items() if team.is_main and not path.exists()})
 
 
 def sample_reference(comparison: Comparison, model: LoadedModel, team: Team) -> None:

@@ -141,7 +141,7 @@ def execute(
             model.without_network()
         network = prepared(network, plan.source.adapter, args, plan.device, team)
         (write or write_images)(plan, model, network, folder, team)
-        if team.leads:
+        if team.is_main:
             kept = plan.kept(folder)
             print(*kept.finish(), f"{plan.images} images of the {label} model in {kept.place}", sep="\n")
     return folder
@@ -149,11 +149,11 @@ def execute(
 
 def _tell_of_start(plan: RunPlan, folder: Path, continued: bool, label: str, needed: bool, team: Team) -> None:
     """What the log and the screen say before the work, and the prompts or labels of a run, as a file."""
-    if continued and team.leads:
+    if continued and team.is_main:
         there = plan.kept(folder).count()
         print(f"going on with {folder}: {there} of {plan.images} images are there")
     entries = plan.sampling.entries
-    if entries and team.leads:
+    if entries and team.is_main:
         name = PROMPTS_NAME if isinstance(entries[0], str) else LABELS_NAME
         write_text(folder / name, "".join(f"{entry}\n" for entry in entries))
     pixel_alone = plan.source.kind == "pixel" and not needed  # whose float weights nobody has to have

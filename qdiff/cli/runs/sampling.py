@@ -53,7 +53,7 @@ def prepared(
 
     def report(line: str) -> None:
         logger.info(line)
-        if team.leads:
+        if team.is_main:
             tqdm.write(line)  # it is known at the first call, when a progress bar is on the screen
 
     logger.info("runtime: %s", args.runtime)
@@ -76,7 +76,7 @@ def open_run(
     raises FileNotFoundError where another one does not see the folder, ValueError where another run is at work in it.
     """
     with ExitStack() as locks:
-        found = _open_run(parent, description, wanted, must_continue, locks) if team.leads else None
+        found = _open_run(parent, description, wanted, must_continue, locks) if team.is_main else None
         folder, continued = team.broadcast(found)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: not seen by process {team.rank}; machines must share the output folder")
@@ -122,5 +122,5 @@ def missing_batches(
 
     Of a team the leading process looks, before any of them writes.
     """
-    missing = [batch for batch in indices if team.leads and not all(path.exists() for path in files_of(batch))]
+    missing = [batch for batch in indices if team.is_main and not all(path.exists() for path in files_of(batch))]
     return team.broadcast(missing)

@@ -162,5 +162,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         array = not plan.args.no_images
         wanted = lambda folder: plan.kept(folder).all_files() + [npz_path(plan, folder)] * array  # noqa: E731
         folder = execute(plan, team, wanted)
-        if folder is not None and team.leads and array:
+        if folder is not None and team.is_main and array:
             print(write_npz(plan, folder))

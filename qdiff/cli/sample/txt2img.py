@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with start_team(args, plan.device) as team:
         folder = execute(plan, team, wanted)
-        if folder is None or not team.leads:
+        if folder is None or not team.is_main:
             return
         if not args.skip_grid:
             grids.write(folder)

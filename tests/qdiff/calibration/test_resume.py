@@ -150,12 +150,12 @@ def test_without_a_folder_nothing_is_kept():
 
 
 def test_who_does_not_lead_reads_and_writes_nothing(tmp_path):
-    follower = Record(tmp_path, {"seed": 1}, leads=False)
+    follower = Record(tmp_path, {"seed": 1}, is_main=False)
     follower.save(0, "", PIECE, NOTES)
     follower.remove()
     assert list(tmp_path.iterdir()) == []
     Record(tmp_path, {"seed": 1}).save(0, "", PIECE, NOTES)
-    follower = Record(tmp_path, {"seed": 1}, leads=False)
+    follower = Record(tmp_path, {"seed": 1}, is_main=False)
     follower.remove()
     assert_piece(follower.load(0, ""))
 

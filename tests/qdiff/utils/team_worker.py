@@ -89,8 +89,8 @@ def exchange(team):
         "from 0": team.broadcast({"values": values, "name": f"process {team.rank}"}),
         "from 1": team.broadcast(Box((shared, [shared, None])), owner=1),
         "sums": sums,
-        "shares": [team.share(torch.arange(5)), team.share(torch.arange(1))],
-        "gathered": team.gather([item * 10 for item in team.mine(items)], len(items)),
+        "shares": [team.local_rows(torch.arange(5)), team.local_rows(torch.arange(1))],
+        "gathered": team.gather([item * 10 for item in team.local_items(items)], len(items)),
         "threads": torch.get_num_threads(),
     }
 

@@ -21,8 +21,8 @@ def members(size):
 def test_one_process_alone_does_everything():
     with Team() as team:
         batch, tensor = torch.arange(4), torch.ones(2)
-        assert team.leads and team.share(batch) is batch and team.mine("abc") == ["a", "b", "c"]
-        assert team.gather(team.mine("abc"), 3) == ["a", "b", "c"]
+        assert team.is_main and team.local_rows(batch) is batch and team.local_items("abc") == ["a", "b", "c"]
+        assert team.gather(team.local_items("abc"), 3) == ["a", "b", "c"]
         team.sum([tensor])
         team.wait()
         assert torch.equal(tensor, torch.ones(2)) and team.broadcast(tensor) is tensor
@@ -31,10 +31,10 @@ def test_one_process_alone_does_everything():
 @pytest.mark.parametrize(("count", "size"), [(6, 2), (7, 3), (2, 3)])
 def test_every_piece_of_work_has_one_owner(count, size):
     team = members(size)
-    shares = [member.share(torch.arange(count)).tolist() for member in team]
-    assert sorted(sum(shares, [])) == list(range(count)) == sorted(sum((m.mine(range(count)) for m in team), []))
+    shares = [member.local_rows(torch.arange(count)).tolist() for member in team]
+    assert sorted(sum(shares, [])) == list(range(count)) == sorted(sum((m.local_items(range(count)) for m in team), []))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert [member.leads for member in team] == [True] + [False] * (size - 1)
+    assert [member.is_main for member in team] == [True] + [False] * (size - 1)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -43,7 +43,7 @@ def test_a_team_draws_the_numbers_of_one_process(rows):
     size, batch = 3, 7
     whole = BatchNoise(torch.Generator().manual_seed(0)).uniform(torch.empty(batch * rows, 2, 5))
     for member in members(size):
-        mine = member.share(torch.arange(batch))
+        mine = member.local_rows(torch.arange(batch))
         noise = BatchNoise(torch.Generator().manual_seed(0), member, batch)
         found = noise.uniform(torch.empty(len(mine) * rows, 2, 5))
         assert torch.equal(found, whole.view(batch, rows, 2, 5)[mine].flatten(0, 1))
