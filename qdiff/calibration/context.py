@@ -157,8 +157,8 @@ class Calibration:
         notes: dict[str, Any] | None = None,
         owner: int = 0,
     ) -> dict[str, Any]:
-        """Record a finished piece: the state of some modules (default: the unit), and some unrounded
-        weights. Returns its notes.
+        """Record a finished piece: the state of some modules (default: the unit), and some unrounded weights;
+        return its notes.
 
         owner: the process that has it; the others take it over, and so go on with the same numbers bit for bit.
         """
