@@ -84,8 +84,8 @@ def take_weights(network: nn.Module, source: nn.Module) -> None:
         if not layer.weight_quantizers:
             continue
         given = theirs[name]
-        for quantizer, grid in zip(layer.weight_quantizers, given.weight_quantizers, strict=True):
-            quantizer.set_grid(grid.scale, grid.zero_point)
+        for quantizer, its in zip(layer.weight_quantizers, given.weight_quantizers, strict=True):
+            quantizer.set_grid(its.grid)
         if layer.bias is not None:
             layer.bias.copy_(given.bias)
         layer.freeze(given.codes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.hooks import recording_calls, recording_inputs
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantConv, QuantLayer, quant_layers
 from qdiff.recipes.stages import GPTQ
 
@@ -47,14 +48,11 @@ class InputMoment:
         self.total.addmm_(rows.T, rows)
 
 
-def _column_grids(layer: QuantLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale [O, parts], zero point [O, parts], part of each of the K columns) of a layer."""
-    rows = layer.weight.shape[0]
-    scale = torch.cat([q.scale.flatten(1).expand(rows, 1) for q in layer.weight_quantizers], 1)
-    zero = torch.cat([q.zero_point.flatten(1).expand(rows, 1) for q in layer.weight_quantizers], 1)
+def _column_grids(layer: QuantLayer) -> list[Grid]:
+    """The grid of each of the K columns of a layer's weight, [O] or [1]."""
+    grids = [quantizer.grid.view(-1) for quantizer in layer.weight_quantizers]
     widths = [layer.weight[0, part].numel() for part in layer.slices]
-    part = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(scale.device)
-    return scale, zero, part
+    return [grid for grid, width in zip(grids, widths, strict=True) for _ in range(width)]
 
 
 @torch.no_grad()
@@ -65,8 +63,6 @@ def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: GPTQ) -
     rounding that starts from this result takes it as its base. Both have base's shape. Columns go by descending
     diagonal of H; H is damped by `options.damping` times the mean of its diagonal; columns of dead inputs become 0.
     """
-    scales, zeros, part = _column_grids(layer)
-    qmin, qmax = layer.weight_quantizers[0].spec.qmin, layer.weight_quantizers[0].spec.qmax
     weight, moment = base.flatten(1).clone(), moment.clone()
     diagonal = moment.diagonal()
     dead = diagonal == 0
@@ -74,19 +70,18 @@ def compensate(layer: QuantLayer, base: Tensor, moment: Tensor, options: GPTQ) -
     diagonal[dead] = 1
     order = diagonal.argsort(descending=True)
     diagonal += options.damping * diagonal.mean()
-    weight, part = weight[:, order], part[order]
+    weight, grids = weight[:, order], _column_grids(layer)
+    grids = [grids[column] for column in order.tolist()]
     upper = _inverse_factor(moment[order][:, order])
-    grids = list(zip(scales.unbind(1), zeros.unbind(1), strict=True))
-    grids = [grids[number] for number in part.tolist()]  # of each column: looked up once, not column by column
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], options.block):
         stop = min(start + options.block, weight.shape[1])
         factor, chunk = upper[start:stop, start:stop], weight[:, start:stop]
         errors = torch.empty_like(chunk)
         for i in range(stop - start):
-            column, (scale, zero) = chunk[:, i], grids[start + i]
-            code = torch.div(column, scale).round_().add_(zero).clamp_(qmin, qmax)
-            error = (column - (code - zero) * scale) / factor[i, i]
+            column, grid = chunk[:, i], grids[start + i]
+            code = grid.codes(column)
+            error = (column - grid.values(code)) / factor[i, i]
             chunk[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
             codes[:, start + i], errors[:, i] = code, error
         weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)

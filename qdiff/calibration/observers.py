@@ -79,9 +79,7 @@ class RangeObserver:
         low, high = self._ranges[key]
         if key in self._samples:  # the search starts from the true ends, which a sample may miss
             low, high = self.find(torch.cat([low[:, None], high[:, None], *self._samples[key]], 1), quantizer.spec)
-        scale, zero_point = grid_from_range(low, high, quantizer.spec, self.raw_min)
-        one_scale = quantizer.spec.axis == "tensor"
-        quantizer.set_grid(*(g[0] if one_scale else g for g in (scale, zero_point)), group)
+        quantizer.set_grid(grid_from_range(low, high, quantizer.spec, self.raw_min), group)
 
     def finish(self, quantizers: Iterable[tuple[str, ActQuantizer]]) -> None:
         """Set every grid. Raises ValueError naming a quantizer, or a parameter set of one, that saw nothing."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.adam import Adam, AdamGroup
-from qdiff.nn.quantizers import MIN_SCALE
+from qdiff.nn.grid import MIN_SCALE
 from qdiff.recipes.stages import Learn
 from qdiff.utils.team import Team
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.plain_data import brief
 from qdiff.utils.files import parse_json, save_safetensors, write_text
@@ -51,16 +52,15 @@ def put_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         name, _, kind = key.rpartition(".")
         if kind == "act_grid":
             quantizer = network.get_submodule(name)
-            quantizer.scale.copy_(tensor[0])
-            quantizer.zero_point.copy_(tensor[1])
-            quantizer.enabled = True
+            quantizer.set_grid(Grid(tensor[0], tensor[1], quantizer.spec))
         elif kind == "codes":
             frozen[name] = tensor
         elif kind == "bias":
             network.get_submodule(name).bias.copy_(tensor)
         else:
             layer = network.get_submodule(name.removesuffix(".weight_grids"))
-            layer.weight_quantizers[int(kind)].set_grid(tensor[0], tensor[1])
+            quantizer = layer.weight_quantizers[int(kind)]
+            quantizer.set_grid(Grid(tensor[0], tensor[1], quantizer.spec))
     for name, codes in frozen.items():  # folded last, when the grids are there
         network.get_submodule(name).freeze(codes)
 

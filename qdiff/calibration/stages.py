@@ -49,7 +49,7 @@ def find_weight_ranges(run: Calibration, stage: WeightRanges, number: int = 0) -
         for part, quantizer in zip(layer.slices, layer.weight_quantizers, strict=True):
             rows = run.unrounded_weights[name][:, part].reshape(quantizer.scale.shape[0], -1)
             ends = find(rows, quantizer.spec)
-            quantizer.set_grid(*grid_from_range(*ends, quantizer.spec, "raw_min_range" in run.recipe.compat))
+            quantizer.set_grid(grid_from_range(*ends, quantizer.spec, "raw_min_range" in run.recipe.compat))
         layer.freeze(layer.nearest_codes(run.unrounded_weights[name]))
         run.progress.advance(note=name)
     run.keep(number)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qdiff.checkpoints.native import require_calibrated
 from qdiff.families.base import Adapter
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantLayer, act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers, softmax_spec
 from qdiff.recipes.recipe import QuantSpec, Recipe
@@ -182,7 +183,8 @@ def load_published(path: str | Path, network: nn.Module, adapter: Adapter, recip
             _fill_layer(name, layer, state)
         for name, quantizer in act_quantizers(network).items():
             key = adapter.published_name(name)
-            quantizer.set_grid(_take_one(state, f"{key}.delta"), _take_one(state, f"{key}.zero_point"))
+            scale, zero_point = (_take_one(state, f"{key}.{end}") for end in ("delta", "zero_point"))
+            quantizer.set_grid(Grid(scale, zero_point, quantizer.spec))
         _fill_float_parts(network, state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a checkpoint of this architecture: {_reason(error)}") from error
@@ -216,7 +218,7 @@ def _fill_layer(name: str, layer: QuantLayer, state: dict[str, Tensor]) -> None:
         scale, zero, alpha = (_take(state, f"{key}.{end}") for end in ("delta", "zero_point", "alpha"))
         zero = zero + quantizer.spec.qmin  # the file's codes start at 0
         rows = quantizer.scale.shape[0]  # 1 for a grid per tensor, of which every row of the file has a copy
-        quantizer.set_grid(scale[:rows], zero[:rows])
+        quantizer.set_grid(Grid(scale[:rows], zero[:rows], quantizer.spec))
         # In the network's dtype, as the original computes it: a ratio near a whole number must fall as it does there.
         dtype = layer.weight.dtype
         above = torch.floor(weight[:, part].to(dtype) / scale.to(dtype)) + (alpha >= 0) + zero

@@ -11,16 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qdiff.nn.functional import quantize
-from qdiff.recipes.recipe import QuantSpec
-
 FLOAT32_WHOLE, FLOAT64_WHOLE = 2**24, 2**53  # up to there a float holds every whole number
-
-
-def centred_codes(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """x: any shape, float; scale, zero_point: broadcastable to it. Returns code - zero_point, whole, in x's dtype."""
-    zero_point = zero_point.to(x.dtype)
-    return quantize(x, scale.to(x.dtype), zero_point, spec).sub_(zero_point)
 
 
 def accumulate(a: Tensor, w: Tensor, terms: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -7,100 +7,81 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.checkpoints.packing import pack_codes, unpack_codes
-from qdiff.deploy.integer import accumulate, centred_codes
-from qdiff.nn.functional import fake_quantize
+from qdiff.deploy.integer import accumulate
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantAttention, QuantConv, QuantLayer
-from qdiff.nn.quantizers import ActQuantizer, per_sample
+from qdiff.nn.quantizers import ActQuantizer
 from qdiff.nn.step_table import StepTable
-from qdiff.recipes.recipe import QuantSpec
+from qdiff.nn.unowned import Unowned
 
 ATTENTION_POLICIES = ("integer", "float")
 
 
 class OperandGrid(nn.Module):
-    """The grid of one operand, with a parameter set per group of steps.
+    """Holds the grid of one operand, with a parameter set per group of steps.
 
-    act_scale float32 and act_zero int32: [groups], or [groups, channels] for a grid per input channel.
+    scale float32 and zero_point int32: [groups], or [groups, channels] for a grid per input channel.
     """
 
     def __init__(self, quantizer: ActQuantizer, steps: StepTable) -> None:
         super().__init__()
-        self.act_spec, self.channel_axis = quantizer.spec, quantizer.channel_axis
-        self.register_buffer("act_scale", quantizer.scale.detach().clone())
-        self.register_buffer("act_zero", quantizer.zero_point.to(torch.int32))
-        self._steps = (steps,)  # in a tuple: the table is the network's
+        self.spec, self.channel_axis = quantizer.spec, quantizer.channel_axis
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.to(torch.int32))
+        self._steps = Unowned(steps)
 
     @property
     def steps(self) -> StepTable:
         """The table that says which parameter set a sample takes."""
-        return self._steps[0]
+        return self._steps.module
 
     @property
     def per_channel(self) -> bool:
         """Whether every input channel has a scale of its own, which no integer product can be factored out of."""
-        return self.act_scale.dim() > 1
+        return self.scale.dim() > 1
 
-    def scale(self, x: Tensor) -> Tensor:
-        """The running batch's scales in x's dtype, broadcastable to x."""
-        return per_sample(self.act_scale, x, self.steps, self.channel_axis).to(x.dtype)
+    @property
+    def grid(self) -> Grid:
+        """The parameter sets of all groups."""
+        return Grid(self.scale, self.zero_point, self.spec)
 
-    def zero_point(self, x: Tensor) -> Tensor:
-        """The running batch's zero points in x's dtype, broadcastable to x."""
-        return per_sample(self.act_zero, x, self.steps, self.channel_axis).to(x.dtype)
-
-    def centred(self, x: Tensor) -> Tensor:
-        """x: [N, C, ...] or [N, ..., C]. Returns code - zero_point of every element, whole, in x's dtype."""
-        return centred_codes(x, self.scale(x), self.zero_point(x), self.act_spec)
+    def grid_of(self, x: Tensor) -> Grid:
+        """x: the running batch, [N, C, ...] or [N, ..., C]. Returns its grid in x's dtype, broadcastable to x."""
+        return self.grid.per_sample(x, self.steps, self.channel_axis).to(x.dtype)
 
     def snap(self, x: Tensor) -> Tensor:
         """x on its grid, as the simulation has it."""
-        return fake_quantize(x, self.scale(x), self.zero_point(x), self.act_spec)
+        return self.grid_of(x).snap(x)
 
 
 class IntegerPart(nn.Module):
     """One part of a layer: all its input channels, or one side of a split shortcut.
 
-    packed: uint8 [bytes], the codes [O, channels, ...] as `qdiff.checkpoints.packing` packs them; weight_scale float32
-    [O]; weight_zero int32 [O]; `grid` of the input, None where that stays float.
+    packed: uint8 [bytes], the codes [O, channels, ...] as `qdiff.checkpoints.packing` packs them; scale float32 [O] and
+    zero_point int32 [O] of the weight; `input` the grid of the input, None where that stays float.
     """
 
     def __init__(
-        self,
-        channels: slice,
-        weight_spec: QuantSpec,
-        shape: tuple[int, ...],
-        packed: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        grid: OperandGrid | None,
+        self, channels: slice, shape: tuple[int, ...], packed: Tensor, grid: Grid, input_grid: OperandGrid | None
     ) -> None:
+        """shape: [O, channels, ...]; grid: the weight's, one scale and zero point or O of them, in any shape."""
         super().__init__()
-        self.channels, self.weight_spec, self.shape = channels, weight_spec, tuple(shape)
-        self.grid = grid
+        self.channels, self.shape, self.spec = channels, tuple(shape), grid.spec
+        self.input = input_grid
         self.register_buffer("packed", packed)
-        self.register_buffer("weight_scale", scale.detach().float().flatten().expand(shape[0]).contiguous())
-        zero_point = zero_point.to(torch.int32).flatten().expand(shape[0])
-        self.register_buffer("weight_zero", zero_point.contiguous())
+        self.register_buffer("scale", grid.scale.detach().float().flatten().expand(shape[0]).contiguous())
+        zero_point = grid.zero_point.to(torch.int32).flatten().expand(shape[0])
+        self.register_buffer("zero_point", zero_point.contiguous())
 
     @property
-    def act_spec(self) -> QuantSpec | None:
-        """Of the input's grid."""
-        return None if self.grid is None else self.grid.act_spec
-
-    @property
-    def act_scale(self) -> Tensor | None:
-        """[groups] or [groups, channels]."""
-        return None if self.grid is None else self.grid.act_scale
-
-    @property
-    def act_zero(self) -> Tensor | None:
-        """The same shape."""
-        return None if self.grid is None else self.grid.act_zero
+    def grid(self) -> Grid:
+        """The weight's, [O]."""
+        return Grid(self.scale, self.zero_point, self.spec)
 
     @property
     def integer(self) -> bool:
         """Whether input and weight have grids of which an integer product can be made."""
-        return self.grid is not None and not self.grid.per_channel
+        return self.input is not None and not self.input.per_channel
 
     @property
     def terms(self) -> int:
@@ -109,16 +90,15 @@ class IntegerPart(nn.Module):
 
     def codes(self) -> Tensor:
         """[O, channels, ...] int16, in [qmin, qmax]."""
-        spec = self.weight_spec
-        return unpack_codes(self.packed, spec.bits, self.shape, spec.qmin).to(self.packed.device, torch.int16)
+        return unpack_codes(self.packed, self.spec.bits, self.shape, self.spec.qmin).to(self.packed.device, torch.int16)
 
     def centred(self) -> Tensor:
         """[O, channels, ...] int16: code - zero point."""
-        return self.codes() - self._rows(self.weight_zero).to(torch.int16)
+        return self.codes() - self._rows(self.zero_point).to(torch.int16)
 
     def weight(self) -> Tensor:
         """[O, channels, ...] in the scales' dtype: the weights that the codes stand for."""
-        return self.centred().to(self.weight_scale.dtype) * self._rows(self.weight_scale)
+        return self.centred().to(self.scale.dtype) * self._rows(self.scale)
 
     def _rows(self, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * (len(self.shape) - 1))
@@ -137,12 +117,12 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self.bias = bias
         self.parts = nn.ModuleList(parts)
-        self._steps = (steps,)
+        self._steps = Unowned(steps)
 
     @property
     def steps(self) -> StepTable:
         """The table that says which parameter set a sample takes."""
-        return self._steps[0]
+        return self._steps.module
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's linear map without its bias."""
@@ -152,17 +132,14 @@ class IntegerLayer(nn.Module):
         """values: [O], one per output channel. Returns them broadcastable to the output."""
         raise TypeError(f"{type(self).__name__} has no rows")
 
-    def accumulators(self, part: IntegerPart, x: Tensor) -> Tensor:
-        """x: the part's input, float. Returns the int64 sums of its products of codes, of the output's shape."""
-        return accumulate(part.grid.centred(x), part.centred(), part.terms, self.product)
-
     def forward_part(self, part: IntegerPart, x: Tensor) -> Tensor:
         """x: the part's input. Returns its share of the output, in x's dtype."""
         if not part.integer:
-            snapped = x if part.grid is None else part.grid.snap(x)
+            snapped = x if part.input is None else part.input.snap(x)
             return self.product(snapped, part.weight().to(x.dtype))
-        scale = part.grid.scale(x) * self.rows(part.weight_scale.to(x.dtype))
-        return self.accumulators(part, x).to(x.dtype).mul_(scale)
+        grid = part.input.grid_of(x)
+        sums = accumulate(grid.centred(x), part.centred(), part.terms, self.product)
+        return sums.to(x.dtype).mul_(grid.scale * self.rows(part.scale.to(x.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         shares = (self.forward_part(part, x_part) for part, x_part in zip(self.parts, self.split(x), strict=True))
@@ -235,13 +212,14 @@ class IntegerAttention(nn.Module):
         return _matmul(self.w, scores.softmax(-1), self.v, v, transposed=False)
 
 
-def _matmul(a_grid: OperandGrid, a: Tensor, b_grid: OperandGrid, b: Tensor, transposed: bool) -> Tensor:
+def _matmul(a_operand: OperandGrid, a: Tensor, b_operand: OperandGrid, b: Tensor, transposed: bool) -> Tensor:
     """The product of two operands, of the second's transpose if `transposed`, through their codes."""
+    a_grid, b_grid = a_operand.grid_of(a), b_operand.grid_of(b)
     b_codes = b_grid.centred(b)
     sums = accumulate(
         a_grid.centred(a), b_codes.transpose(-1, -2) if transposed else b_codes, a.shape[-1], torch.matmul
     )
-    return sums.to(a.dtype).mul_(a_grid.scale(a) * b_grid.scale(b))
+    return sums.to(a.dtype).mul_(a_grid.scale * b_grid.scale)
 
 
 def packed_parts(layer: QuantLayer, packed: Tensor, steps: StepTable) -> list[IntegerPart]:
@@ -253,7 +231,7 @@ def packed_parts(layer: QuantLayer, packed: Tensor, steps: StepTable) -> list[In
         grid = OperandGrid(quantizers[i], steps) if quantizers and quantizers[i].enabled else None
         shape = (layer.weight.shape[0], channels.stop - channels.start, *layer.weight.shape[2:])
         own = packed if codes is None else pack_codes(codes[:, channels], spec.bits, spec.qmin).to(packed.device)
-        parts.append(IntegerPart(channels, spec, shape, own, quantizer.scale, quantizer.zero_point, grid))
+        parts.append(IntegerPart(channels, shape, own, quantizer.grid, grid))
     return parts
 
 

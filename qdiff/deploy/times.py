@@ -14,7 +14,7 @@ from qdiff.checkpoints.native import digest_of, tensor_hash
 from qdiff.utils.devices import device_name
 from qdiff.utils.measurement_cache import MeasurementCache, cache_folder, hash_of_sources, milliseconds
 
-DECISIVE = ("spec", "weight_spec", "act_spec", "policy")  # attributes of modules that decide how fast they are
+DECISIVE = ("spec", "policy")  # attributes of modules that decide how fast they are
 
 
 class RuntimeTimings:

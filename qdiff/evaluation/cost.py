@@ -171,7 +171,7 @@ def _layer_bits(layer: nn.Module) -> tuple[int, int]:
     """(bits of weights, bits of activations) of a float, quantized or integer layer."""
     parts = getattr(layer, "parts", None)
     if parts is not None:
-        return _most(part.weight_spec for part in parts), _most(part.act_spec for part in parts)
+        return _most(part.spec for part in parts), _most(part.input and part.input.spec for part in parts)
     weights = [quantizer.spec for quantizer in getattr(layer, "weight_quantizers", ())]
     activations = [quantizer.spec for quantizer in getattr(layer, "act_quantizers", ())]
     return _most(weights), _most(activations)
@@ -179,10 +179,10 @@ def _layer_bits(layer: nn.Module) -> tuple[int, int]:
 
 def _operand_bits(module: nn.Module, operand: str) -> int:
     """Bits of an operand of an attention module, float32 where it has no grid."""
-    for name, spec in ((f"act_quantizer_{operand}", "spec"), (operand, "act_spec")):
-        grid = getattr(module, name, None)
-        if grid is not None and getattr(grid, spec, None) is not None:
-            return getattr(grid, spec).bits
+    for name in (f"act_quantizer_{operand}", operand):
+        spec = getattr(getattr(module, name, None), "spec", None)
+        if spec is not None:
+            return spec.bits
     return FLOAT_BITS
 
 

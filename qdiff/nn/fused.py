@@ -1,8 +1,8 @@
 """Fake quantization and soft rounding as one GPU kernel each way, for float32 tensors while units learn.
 
-The same arithmetic as `qdiff.nn.functional`, step by step, so that results agree to the last bit but for the scale's
-gradient, a sum taken in another order. Written in Triton, which comes with PyTorch on Linux; elsewhere `available` is
-False. With TRITON_INTERPRET=1 the kernels also run on the CPU, for tests.
+The same arithmetic as `qdiff.nn.grid` and `qdiff.nn.functional`, step by step, so that results agree to the last bit
+but for the scale's gradient, a sum taken in another order. Written in Triton, which comes with PyTorch on Linux;
+elsewhere `available` is False. With TRITON_INTERPRET=1 the kernels also run on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ if triton is not None:
 
 
 class FusedFakeQuantize(torch.autograd.Function):
-    """`qdiff.nn.functional.fake_quantize` under a single scale; keeps only x for the way back."""
+    """`qdiff.nn.grid.Grid.snap` under a single scale; keeps only x for the way back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

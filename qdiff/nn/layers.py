@@ -88,7 +88,7 @@ class QuantLayer(nn.Module):
     def nearest_codes(self, weight: Tensor) -> Tensor:
         """weight: as the layer's. Returns the nearest codes on the layer's grids, as float."""
         parts = zip(self.slices, self.weight_quantizers, strict=True)
-        return torch.cat([q.codes(weight[:, part]) for part, q in parts], 1)
+        return torch.cat([q.grid.codes(weight[:, part]) for part, q in parts], 1)
 
     @torch.no_grad()
     def freeze(self, codes: Tensor) -> None:
@@ -108,7 +108,7 @@ class QuantLayer(nn.Module):
     def fold(self) -> None:
         """Compute the weight from the codes, in the scales' dtype."""
         parts = zip(self.slices, self.weight_quantizers, strict=True)
-        self.weight.copy_(torch.cat([q.values(self.codes[:, part]) for part, q in parts], 1))
+        self.weight.copy_(torch.cat([q.grid.values(self.codes[:, part]) for part, q in parts], 1))
 
     def start_rounding(self, base: Tensor, exponent: float = 1.0) -> list[nn.Parameter]:
         """Let the weight be learned from `base` by soft rounding. Returns the variables, one per part."""

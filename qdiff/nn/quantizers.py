@@ -1,4 +1,4 @@
-"""Modules that hold scales, zero points and rounding variables; the arithmetic is in `qdiff.nn.functional`."""
+"""Modules that hold grids and rounding variables; the arithmetic is in `qdiff.nn.grid` and `qdiff.nn.functional`."""
 
 from __future__ import annotations
 
@@ -7,40 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.nn.functional import (
-    dequantize,
-    fake_quantize,
-    hard_codes,
-    offset_codes,
-    offset_quantize,
-    quantize,
-    sharpen,
-    soft_quantize,
-    soft_round_inverse,
-)
+from qdiff.nn.functional import hard_codes, offset_codes, offset_quantize, sharpen, soft_quantize, soft_round_inverse
+from qdiff.nn.grid import Grid
 from qdiff.nn.step_table import StepTable
+from qdiff.nn.unowned import Unowned
 from qdiff.recipes.recipe import QuantSpec
-
-MIN_SCALE = 1e-8  # learned scales are kept at or above it
-
-
-def per_sample(values: Tensor, x: Tensor, steps: StepTable, channel_axis: int) -> Tensor:
-    """values: [groups] or [groups, C], C the width of x's `channel_axis`. Returns the running batch's, broadcastable
-    to x."""
-    index = steps.index
-    if values.shape[0] == 1:
-        chosen = values
-    elif index is None:
-        raise RuntimeError("parameter sets per step: the batch's timesteps were not given to the StepTable")
-    elif len(index) == 1:
-        chosen = values[index]
-    else:  # heads folded into the batch axis repeat each sample's set
-        chosen = values[index].repeat_interleave(x.shape[0] // index.shape[0], 0)
-    if values.dim() == 1:
-        return chosen.view(-1, *[1] * (x.dim() - 1)) if chosen.shape[0] > 1 else chosen
-    shape = [1] * x.dim()
-    shape[0], shape[channel_axis] = chosen.shape
-    return chosen.view(shape)
 
 
 class ActQuantizer(nn.Module):
@@ -63,12 +34,12 @@ class ActQuantizer(nn.Module):
         # Set for the length of a `with` block by qdiff.calibration, never by layers.
         self.observer: Callable[[ActQuantizer, Tensor], None] | None = None
         self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._steps = (steps,)  # in a tuple: the table is the network's, not a submodule of every quantizer
+        self._steps = Unowned(steps)
 
     @property
     def steps(self) -> StepTable:
         """The table that says which parameter set a sample takes."""
-        return self._steps[0]
+        return self._steps.module
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, C, ...] or [N, tokens, C]. Returns it on the grid, same shape and dtype."""
@@ -76,19 +47,20 @@ class ActQuantizer(nn.Module):
             self.observer(self, x)
         if not self.enabled:
             return x
-        snapped = fake_quantize(x, self.per_sample(self.scale, x), self.per_sample(self.zero_point, x), self.spec)
+        snapped = self.grid.per_sample(x, self.steps, self.channel_axis).snap(x)
         return snapped if self.drop is None else self.drop(x, snapped)
 
-    def per_sample(self, values: Tensor, x: Tensor) -> Tensor:
-        """values: [groups] or [groups, C]. Returns the running batch's, broadcastable to x."""
-        return per_sample(values, x, self.steps, self.channel_axis)
+    @property
+    def grid(self) -> Grid:
+        """The parameter sets of all groups."""
+        return Grid(self.scale, self.zero_point, self.spec)
 
     @torch.no_grad()
-    def set_grid(self, scale: Tensor, zero_point: Tensor, group: int | None = None) -> None:
-        """Copy the grid in, for one group or (None) for all, and start quantizing."""
+    def set_grid(self, grid: Grid, group: int | None = None) -> None:
+        """Copy a grid's scale and zero point in, for one group or (None) for all, and start quantizing."""
         into = slice(None) if group is None else group
-        self.scale[into] = scale.to(self.scale)
-        self.zero_point[into] = zero_point.to(self.zero_point)
+        self.scale[into] = grid.scale.to(self.scale)
+        self.zero_point[into] = grid.zero_point.to(self.zero_point)
         self.enabled = True
 
 
@@ -107,18 +79,15 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(shape))
 
     @torch.no_grad()
-    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Copy a grid of [O] (or [1]) scales and zero points in."""
-        self.scale.copy_(scale.view_as(self.scale))
-        self.zero_point.copy_(zero_point.view_as(self.zero_point))
+    def set_grid(self, grid: Grid) -> None:
+        """Copy the scales and zero points, [O] or [1], of a grid in."""
+        self.scale.copy_(grid.scale.view_as(self.scale))
+        self.zero_point.copy_(grid.zero_point.view_as(self.zero_point))
 
-    def codes(self, weight: Tensor) -> Tensor:
-        """weight: [O, ...]. Returns the nearest codes, as float."""
-        return quantize(weight, self.scale, self.zero_point, self.spec)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """The weights that the codes stand for, in the scale's dtype."""
-        return dequantize(codes, self.scale, self.zero_point)
+    @property
+    def grid(self) -> Grid:
+        """Broadcastable to the weight."""
+        return Grid(self.scale, self.zero_point, self.spec)
 
 
 class FloorRounding(nn.Module):
@@ -135,20 +104,16 @@ class FloorRounding(nn.Module):
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         offset = codes.to(weight.dtype) - quantizer.zero_point - torch.floor(weight.detach() / quantizer.scale)
         self.register_buffer("offset", offset, persistent=False)
-        self._quantizer = (quantizer,)
-
-    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, QuantSpec]:
-        quantizer = self._quantizer[0]
-        return self.weight, quantizer.scale, quantizer.zero_point, self.offset, quantizer.spec
+        self._quantizer = Unowned(quantizer)
 
     def forward(self) -> Tensor:
         """The weight on its grid; gradients reach the float weight."""
-        return offset_quantize(*self._arguments())
+        return offset_quantize(self.weight, self.offset, self._quantizer.module.grid)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The codes, as float."""
-        return offset_codes(*self._arguments())
+        return offset_codes(self.weight, self.offset, self._quantizer.module.grid)
 
 
 class SoftRounding(nn.Module):
@@ -164,17 +129,13 @@ class SoftRounding(nn.Module):
         start = ratio - torch.floor(ratio)
         self.alpha = nn.Parameter(soft_round_inverse(start if exponent == 1 else sharpen(start, exponent)))
         self.register_buffer("base", base.detach().clone(), persistent=False)
-        self._quantizer = (quantizer,)
-
-    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, QuantSpec]:
-        quantizer = self._quantizer[0]
-        return self.base, quantizer.scale, quantizer.zero_point, self.alpha, quantizer.spec
+        self._quantizer = Unowned(quantizer)
 
     def forward(self) -> Tensor:
         """The weight with soft rounding; gradients reach alpha."""
-        return soft_quantize(*self._arguments())
+        return soft_quantize(self.base, self.alpha, self._quantizer.module.grid)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The codes with hard rounding, as float."""
-        return hard_codes(*self._arguments())
+        return hard_codes(self.base, self.alpha, self._quantizer.module.grid)

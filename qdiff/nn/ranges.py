@@ -11,16 +11,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from qdiff.nn.grid import MIN_SCALE, Grid
 from qdiff.recipes.recipe import QuantSpec
 from qdiff.recipes.stages import RANGE_FINDERS, RangeSpec
 
 CHUNK = 2**23  # values quantized at once in a search: 32 MiB of float32
 CPU_CHUNK = 2**18  # the same on a CPU, whose cache then holds them: half the time
-TINY = 1e-8  # smallest scale: keeps all-zero channels finite
 
 
-def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = False) -> tuple[Tensor, Tensor]:
-    """low, high: [R], same shape. Returns (scale, zero_point), each [R], of the grid of `spec` over that range.
+def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = False) -> Grid:
+    """low, high: [R], same shape. Returns the grids of `spec` over those ranges, scale and zero point [R].
 
     Zero is always a grid point, so the range is widened to hold it. `raw_min` reproduces a fault of the published
     min-max (B1): the scale keeps the raw ends while the zero point uses min(low, 0) and may lie beyond the codes, so
@@ -29,28 +29,28 @@ def grid_from_range(low: Tensor, high: Tensor, spec: QuantSpec, raw_min: bool = 
     levels = 2**spec.bits - 1
     if spec.kind == "signed":
         scale = torch.maximum(low.abs(), high.abs()) / (2 ** (spec.bits - 1) - 1)
-        return scale.clamp_min(TINY), torch.zeros_like(scale)
+        return Grid(scale.clamp_min(MIN_SCALE), torch.zeros_like(scale), spec)
     if spec.kind == "unsigned":
-        scale = (high / levels).clamp_min(TINY)
-        return scale, torch.zeros_like(scale)
+        scale = (high / levels).clamp_min(MIN_SCALE)
+        return Grid(scale, torch.zeros_like(scale), spec)
     if spec.kind == "unsigned_mid":
         return _mid_grid(low, high, spec)
     zero_low, zero_high = low.clamp_max(0), high.clamp_min(0)
     span = high - low if raw_min else zero_high - zero_low
-    scale = (span / levels).clamp_min(TINY)
+    scale = (span / levels).clamp_min(MIN_SCALE)
     zero_point = torch.round(-zero_low / scale)
-    return scale, zero_point if raw_min else zero_point.clamp(spec.qmin, spec.qmax)
+    return Grid(scale, zero_point if raw_min else zero_point.clamp(spec.qmin, spec.qmax), spec)
 
 
-def _mid_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _mid_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
     """EDA-DM's grid: [-theta, theta] around code 2^(b-1), or one-sided when the whole tensor is (methods §2.1)."""
     levels = 2**spec.bits - 1
     theta = torch.maximum(low.abs(), high.abs())
     positive, negative = (low >= 0).all(), (high <= 0).all()
-    scale = torch.where(positive | negative, theta / levels, 2 * theta / levels).clamp_min(TINY)
+    scale = torch.where(positive | negative, theta / levels, 2 * theta / levels).clamp_min(MIN_SCALE)
     middle = torch.where(negative, levels, 2 ** (spec.bits - 1))
     zero_point = torch.where(positive, 0, middle).to(scale.dtype)
-    return scale, zero_point.expand_as(scale).clone()
+    return Grid(scale, zero_point.expand_as(scale).clone(), spec)
 
 
 def _best(values: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, p: float) -> tuple[Tensor, Tensor]:
@@ -77,10 +77,8 @@ def _best(values: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, p: float
 @torch.no_grad()
 def _errors(values: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, p: float) -> Tensor:
     """values [R, K]; lows, highs [M, R]. Returns [M, R], the mean |x - x^|^p; every step in one buffer of [M, R, K]."""
-    grids = grid_from_range(lows.flatten(), highs.flatten(), spec)
-    scale, zero = (grid.view(*lows.shape, 1) for grid in grids)
-    snapped = (values / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax).sub_(zero).mul_(scale)
-    return snapped.sub_(values).abs_().pow_(p).mean(-1)
+    grid = grid_from_range(lows.flatten(), highs.flatten(), spec).view(*lows.shape, 1)
+    return grid.centred(values).mul_(grid.scale).sub_(values).abs_().pow_(p).mean(-1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qdiff.calibration.hooks import training_mode
 from qdiff.calibration.loop import UnitTask, minibatches
 from qdiff.calibration.objectives import lp_loss, rounding_penalty, temperature
 from qdiff.calibration.optimization import Losses, learning, rate_table
-from qdiff.nn.quantizers import MIN_SCALE
+from qdiff.nn.grid import MIN_SCALE
 from qdiff.utils.team import Team
 
 

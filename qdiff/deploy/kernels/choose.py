@@ -90,8 +90,8 @@ def _together(shapes: dict[str, Shapes], coded: dict[str, tuple[str, ...]]) -> l
 def _key(module: nn.Module, shapes: Shapes, coded: bool) -> tuple:
     """What layers of one speed have in common."""
     if isinstance(module, IntegerAttention):
-        return "attention", module.policy, module.w.act_spec.bits, shapes
-    parts = tuple((p.shape, p.weight_spec.bits, p.integer, bool(p.weight_zero.any())) for p in module.parts)
+        return "attention", module.policy, module.w.spec.bits, shapes
+    parts = tuple((p.shape, p.spec.bits, p.integer, bool(p.zero_point.any())) for p in module.parts)
     geometry = (module.stride, module.padding, module.dilation) if module.kind == "conv" else ()
     return module.kind, parts, geometry, coded, shapes
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qdiff.recipes.recipe import QuantSpec
+from qdiff.nn.grid import Grid
 
 NIBBLE_BITS = 4  # the widest grid of which a byte holds two codes
 BYTE_MIN, BYTE_MAX = -128, 127
@@ -36,8 +36,8 @@ class KernelWeight(nn.Module):
         self.register_buffer("zero", zero)
 
     @classmethod
-    def make(cls, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> KernelWeight:
-        """codes: integers [O, C], [O, C, k] or [O, C, kh, kw] on `spec`'s grid; scale, zero: [O].
+    def make(cls, codes: Tensor, grid: Grid) -> KernelWeight:
+        """codes: integers [O, C], [O, C, k] or [O, C, kh, kw] on `grid`, whose tensors are [O].
 
         Raises ValueError where a product with 8-bit activations would not fit 32 bits.
         """
@@ -47,9 +47,9 @@ class KernelWeight(nn.Module):
         rows, channels = codes.shape[:2]
         taps = codes.reshape(rows, channels, *[1] * (4 - codes.dim()), *codes.shape[2:])
         taps = taps.permute(0, 2, 3, 1).to(torch.int16)
-        scale, zero = scale.float().contiguous(), zero.to(torch.int32)
-        if spec.bits <= NIBBLE_BITS:
-            stored, zero = _pack_nibbles(taps - spec.qmin), zero - spec.qmin
+        scale, zero = grid.scale.float().contiguous(), grid.zero_point.to(torch.int32)
+        if grid.spec.bits <= NIBBLE_BITS:
+            stored, zero = _pack_nibbles(taps - grid.spec.qmin), zero - grid.spec.qmin
         else:
             stored, zero = _signed_bytes(taps, zero)
         return cls(stored, scale, zero.contiguous() if bool(zero.any()) else None, channels)
@@ -98,19 +98,20 @@ class ActGrid(nn.Module):
     """A grid of activations under one scale per parameter set, for codes stored as signed bytes (or wider, in `shift`).
 
     scale: [groups] float32; zero: [groups] int32, the stored code of value 0; qmin, qmax: ends of the stored codes.
-    Arguments are those of the grid itself, before the shift.
     """
 
-    def __init__(self, scale: Tensor, zero: Tensor, spec: QuantSpec) -> None:
-        """Raises ValueError for a grid per input channel, whose scales cannot be taken out of a product."""
+    def __init__(self, grid: Grid) -> None:
+        """grid: with parameter sets, [groups], and its own codes. Raises ValueError for a grid per input channel, whose
+        scales cannot be taken out of a product."""
         super().__init__()
+        scale, spec = grid.scale, grid.spec
         if scale.dim() != 1:
             raise ValueError(f"integer activations: expected one scale per parameter set, found {list(scale.shape)}")
         self.bits = spec.bits
         shift = 2 ** (spec.bits - 1) if spec.qmax >= 2 ** (max(spec.bits, 8) - 1) else 0
         self.qmin, self.qmax = spec.qmin - shift, spec.qmax - shift
         self.register_buffer("scale", scale.float().contiguous())
-        self.register_buffer("zero", zero.to(torch.int32).contiguous() - shift)
+        self.register_buffer("zero", grid.zero_point.to(torch.int32).contiguous() - shift)
         self.centred = not bool(self.zero.any())  # asked once: kernels then leave the correction out
 
     def same_as(self, other: ActGrid) -> bool:

@@ -77,7 +77,7 @@ def _input_grid(layer: nn.Module) -> KernelGrid | None:
     part = layer.parts[0]
     if isinstance(layer, KernelLayer):
         return part.grid
-    return KernelGrid(part.grid) if part.integer else None
+    return KernelGrid(part.input) if part.integer else None
 
 
 def _fuse(network: nn.Module, feed: NormFeed) -> None:

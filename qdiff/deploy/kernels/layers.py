@@ -19,6 +19,7 @@ from qdiff.deploy.kernels.product import Epilogue, integer_product, weight_only_
 from qdiff.deploy.kernels.quantize import quantize
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer, IntegerPart, OperandGrid
 from qdiff.nn.step_table import StepTable
+from qdiff.nn.unowned import Unowned
 
 
 def running_sets(steps: StepTable, groups: int) -> Tensor | None:
@@ -36,17 +37,17 @@ def running_sets(steps: StepTable, groups: int) -> Tensor | None:
 class KernelGrid(ActGrid):
     """An `ActGrid` that knows the table of its parameter sets."""
 
-    def __init__(self, grid: OperandGrid) -> None:
-        super().__init__(grid.act_scale, grid.act_zero, grid.act_spec)
-        self._steps = (grid.steps,)  # in a tuple: the table is the network's
+    def __init__(self, operand: OperandGrid) -> None:
+        super().__init__(operand.grid)
+        self._steps = Unowned(operand.steps)
 
     def sets(self) -> Tensor | None:
         """See `running_sets`."""
-        return running_sets(self._steps[0], len(self.scale))
+        return running_sets(self._steps.module, len(self.scale))
 
     def same_as(self, other: KernelGrid) -> bool:
         """Whether both give the same codes for every input at every timestep."""
-        same_table = len(self.scale) == 1 or self._steps[0] is other._steps[0]
+        same_table = len(self.scale) == 1 or self._steps.module is other._steps.module
         return same_table and super().same_as(other)
 
 
@@ -59,9 +60,9 @@ class KernelPart(nn.Module):
     def __init__(self, part: IntegerPart) -> None:
         super().__init__()
         self.channels = part.channels
-        self.weight = KernelWeight.make(part.codes(), part.weight_scale, part.weight_zero, part.weight_spec)
-        self.grid = KernelGrid(part.grid) if part.integer else None
-        self.snap = part.grid if part.grid is not None and not part.integer else None
+        self.weight = KernelWeight.make(part.codes(), part.grid)
+        self.grid = KernelGrid(part.input) if part.integer else None
+        self.snap = part.input if not part.integer else None
         self._windows: dict[tuple, Windows] = {}
 
     def forward(self, x: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:

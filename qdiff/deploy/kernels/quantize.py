@@ -1,6 +1,6 @@
 """Float activations to stored codes (signed bytes), and sums of codes over channels, in Triton.
 
-The arithmetic is `qdiff.nn.functional.quantize`'s in float32: a true division, rounding to nearest with ties to even.
+The arithmetic is `qdiff.nn.grid.Grid.codes`'s in float32: a true division, rounding to nearest with ties to even.
 Arrays have their channels last; a row is what lies at one pixel, or one token.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from qdiff.deploy.onnx.lowering import Stored
 from qdiff.deploy.onnx.matrices import codes_multiply, int8_matrix, is_integer
-from qdiff.deploy.onnx.plans import AttentionPlan, Grid
+from qdiff.deploy.onnx.plans import AttentionPlan, GridPlan
 from qdiff.deploy.onnx.tracer import Op, View
 
 MANY_TOKENS = 64  # from which on heads are products of their own
@@ -100,7 +100,7 @@ class AttentionByHeads:
         return self.builder.add("Add", product, constant(plan.bias.reshape(heads, 1, width)))
 
     def _operands_product(
-        self, a: str, b: str, a_grid: Grid | None, b_grid: Grid | None, factor: float, depth: int
+        self, a: str, b: str, a_grid: GridPlan | None, b_grid: GridPlan | None, factor: float, depth: int
     ) -> str:
         """factor * a @ b, sums of `depth` products each; of codes where the grids allow it."""
         if codes_multiply(a_grid, b_grid):
@@ -114,7 +114,7 @@ class AttentionByHeads:
         return product if factor == 1.0 else self.builder.add("Mul", product, self.builder.constant(np.float32(factor)))
 
 
-def _grids(op: Op) -> dict[str, Grid]:
+def _grids(op: Op) -> dict[str, GridPlan]:
     """The operands' grids, of q and k before they are scaled."""
     plan: AttentionPlan = op["plan"]
     return {name: grid.times(plan.operand_scale) if name in "qk" else grid for name, grid in plan.grids.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdiff.deploy.onnx.builder import Builder
-from qdiff.deploy.onnx.plans import Grid
+from qdiff.deploy.onnx.plans import GridPlan
 from qdiff.deploy.onnx.tracer import BATCH, Op, Trace, View
 from qdiff.deploy.onnx.views import Axes, Layout
 
@@ -173,12 +173,12 @@ class Lowering:
             return self.builder.constant(table[self.parameter_set or 0 if len(table) > 1 else 0])
         return self.builder.add("Gather", self.builder.constant(table), "set", axis=0)
 
-    def snap_in_floats(self, x: str, grid: Grid) -> str:
+    def snap_in_floats(self, x: str, grid: GridPlan) -> str:
         """x on any grid, step by step as the simulation does it; x: [..., C] where the grid is per channel."""
         add, number = self.builder.add, lambda value: self.builder.constant(np.float32(value))
-        scale, zero = self.per_set(grid.scale), self.per_set(grid.zero.astype(np.float32))
+        scale, zero = self.per_set(grid.scale), self.per_set(grid.zero_point.astype(np.float32))
         codes = add("Add", add("Round", add("Div", x, scale)), zero)
-        codes = add("Clip", codes, number(grid.qmin), number(grid.qmax))
+        codes = add("Clip", codes, number(grid.spec.qmin), number(grid.spec.qmax))
         return add("Mul", add("Sub", codes, zero), scale)
 
 

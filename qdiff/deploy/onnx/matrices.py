@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from qdiff.deploy.onnx.plans import Codes, Grid, PartPlan
+from qdiff.deploy.onnx.plans import Codes, GridPlan, PartPlan
 
 MAX_DEPTH = 33000  # products in a sum that int32 holds, of up to 255 * 255 each
 
 
-def codes_multiply(a: Grid | None, b: Grid | None) -> bool:
+def codes_multiply(a: GridPlan | None, b: GridPlan | None) -> bool:
     """Whether both grids have codes of a byte, zero points included, and one scale."""
     return all(g is not None and not g.per_channel and g.bits <= 8 and g.in_range for g in (a, b))
 
@@ -32,9 +32,9 @@ def int8_matrix(weight: Codes | np.ndarray) -> tuple[np.ndarray, np.ndarray] | N
         return None
     codes = weight.codes
     axes = tuple(range(1, codes.ndim))
-    fits = (codes.min(axes) - weight.zero >= -128) & (codes.max(axes) - weight.zero <= 127)
-    zero = np.where(fits, 0, weight.zero - 128)
+    fits = (codes.min(axes) - weight.zero_point >= -128) & (codes.max(axes) - weight.zero_point <= 127)
+    zero = np.where(fits, 0, weight.zero_point - 128)
     if zero.min() < -128 or zero.max() > 127:
         return None
-    moved = (zero - weight.zero).astype(np.int16).reshape(-1, *[1] * len(axes))
+    moved = (zero - weight.zero_point).astype(np.int16).reshape(-1, *[1] * len(axes))
     return window_matrix((codes + moved).astype(np.int8)), zero.astype(np.int8)

@@ -9,23 +9,27 @@ from functools import partial
 import numpy as np
 from torch import Tensor, nn
 
-from qdiff.deploy.layers import IntegerAttention, IntegerLayer, OperandGrid
+from qdiff.deploy.layers import IntegerAttention, IntegerLayer
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantAttention, QuantLayer
 from qdiff.nn.quantizers import ActQuantizer
 from qdiff.recipes.recipe import QuantSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """An activation grid: value = (code - zero) * scale, codes in [qmin, qmax].
+class GridPlan:
+    """A `Grid` of activations as arrays.
 
-    scale: [sets] float32, or [sets, C] per input channel; zero: the same shape, int64.
+    scale: [sets] float32, or [sets, C] per input channel; zero_point: the same shape, int64.
     """
 
     scale: np.ndarray
-    zero: np.ndarray
-    qmin: int
-    qmax: int
+    zero_point: np.ndarray
+    spec: QuantSpec
+
+    @classmethod
+    def of(cls, grid: Grid) -> GridPlan:
+        return cls(_array(grid.scale, np.float32), _array(grid.zero_point, np.int64), grid.spec)
 
     @property
     def per_channel(self) -> bool:
@@ -33,34 +37,44 @@ class Grid:
 
     @property
     def bits(self) -> int:
-        return (self.qmax - self.qmin).bit_length()
+        return self.spec.bits
 
     @property
     def in_range(self) -> bool:
         """Whether every zero point can be stored like a code."""
         limit = 255 if self.bits <= 8 else 65535
-        stored = self.zero + self.stored_offset
+        stored = self.zero_point + self.stored_offset
         return bool((stored >= 0).all() and (stored <= limit).all())
 
     @property
     def stored_offset(self) -> int:
         """What is added to a code so that it is stored without a sign."""
-        return (128 if self.bits <= 8 else 32768) if self.qmin < 0 else 0
+        return (128 if self.bits <= 8 else 32768) if self.spec.qmin < 0 else 0
 
-    def times(self, factor: float) -> Grid:
+    def times(self, factor: float) -> GridPlan:
         """The grid of values that are multiplied by `factor` afterwards."""
-        return Grid((self.scale.astype(np.float64) / factor).astype(np.float32), self.zero, self.qmin, self.qmax)
+        return replace(self, scale=(self.scale.astype(np.float64) / factor).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A weight as integers: scale [O] float32, zero [O] int64, and `read`, which gives the codes [O, C, ...] int16, so
-    that those of one layer at a time are in memory."""
+    """A weight as integers, read when they are needed, so that the codes of one layer at a time are in memory.
+
+    scale: [O] float32; zero_point: [O] int64; read: gives the codes, [O, C, ...] int16.
+    """
 
     read: Callable[[], np.ndarray]
     scale: np.ndarray
-    zero: np.ndarray
+    zero_point: np.ndarray
     spec: QuantSpec
+
+    @classmethod
+    def of(cls, grid: Grid, outputs: int, read: Callable[[], np.ndarray]) -> Codes:
+        """grid: with one scale and zero point, or one per output, in any shape."""
+        scale, zero_point = (
+            np.broadcast_to(_array(v.flatten(), np.float64), outputs) for v in (grid.scale, grid.zero_point)
+        )
+        return cls(read, scale.astype(np.float32), zero_point.astype(np.int64), grid.spec)
 
     @property
     def codes(self) -> np.ndarray:
@@ -71,11 +85,11 @@ class Codes:
         """[O, C, ...] float32."""
         codes = self.codes
         rows = (-1, *[1] * (codes.ndim - 1))
-        return ((codes - self.zero.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
+        return ((codes - self.zero_point.reshape(rows)).astype(np.float32)) * self.scale.reshape(rows)
 
     def __getitem__(self, rows: slice) -> Codes:
         """Those of some output channels."""
-        return Codes(lambda: self.codes[rows], self.scale[rows], self.zero[rows], self.spec)
+        return Codes(lambda: self.codes[rows], self.scale[rows], self.zero_point[rows], self.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +98,7 @@ class PartPlan:
 
     channels: slice
     weight: Codes | np.ndarray
-    act: Grid | None
+    act: GridPlan | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +126,7 @@ class AttentionPlan:
 
     operand_scale: float
     score_scale: float
-    grids: dict[str, Grid]
+    grids: dict[str, GridPlan]
 
 
 def _array(tensor: Tensor, dtype: type) -> np.ndarray:
@@ -123,18 +137,8 @@ def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
     return (value,) * length if isinstance(value, int) else tuple(value)
 
 
-def _grid(scale: Tensor | None, zero: Tensor | None, spec: QuantSpec | None) -> Grid | None:
-    if scale is None:
-        return None
-    return Grid(_array(scale, np.float32), _array(zero, np.int64), spec.qmin, spec.qmax)
-
-
-def _quantizer_grid(quantizer: ActQuantizer) -> Grid | None:
-    return _grid(quantizer.scale, quantizer.zero_point, quantizer.spec) if quantizer.enabled else None
-
-
-def _operand_grid(grid: OperandGrid) -> Grid:
-    return _grid(grid.act_scale, grid.act_zero, grid.act_spec)
+def _quantizer_grid(quantizer: ActQuantizer) -> GridPlan | None:
+    return GridPlan.of(quantizer.grid) if quantizer.enabled else None
 
 
 def float_plan(kind: str, weight: Tensor, bias: Tensor | None, *geometry: int | Sequence[int]) -> LayerPlan:
@@ -166,9 +170,8 @@ def layer_plan(module: nn.Module, name: str) -> LayerPlan:
 
 
 def _integer_part(part: nn.Module) -> PartPlan:
-    scale, zero = _array(part.weight_scale, np.float32), _array(part.weight_zero, np.int64)
-    weight = Codes(lambda: _array(part.codes(), np.int16), scale, zero, part.weight_spec)
-    return PartPlan(part.channels, weight, _grid(part.act_scale, part.act_zero, part.act_spec))
+    weight = Codes.of(part.grid, part.shape[0], lambda: _array(part.codes(), np.int16))
+    return PartPlan(part.channels, weight, None if part.input is None else GridPlan.of(part.input.grid))
 
 
 def _simulated_parts(layer: QuantLayer, name: str) -> tuple[PartPlan, ...]:
@@ -177,11 +180,8 @@ def _simulated_parts(layer: QuantLayer, name: str) -> tuple[PartPlan, ...]:
     parts = []
     for i, channels in enumerate(layer.slices):
         if layer.weight_quantizers:
-            quantizer = layer.weight_quantizers[i]
-            rows = [_array(v.flatten(), np.float64) for v in (quantizer.scale, quantizer.zero_point)]
-            scale, zero = (np.broadcast_to(v, layer.weight.shape[0]) for v in rows)
-            read = partial(_layer_codes, layer, channels)
-            weight = Codes(read, scale.astype(np.float32), zero.astype(np.int64), quantizer.spec)
+            grid, read = layer.weight_quantizers[i].grid, partial(_layer_codes, layer, channels)
+            weight = Codes.of(grid, layer.weight.shape[0], read)
         else:
             weight = _array(layer.weight[:, channels], np.float32)
         act = _quantizer_grid(layer.act_quantizers[i]) if layer.act_quantizers else None
@@ -198,7 +198,7 @@ def attention_plan(module: nn.Module) -> AttentionPlan | None:
     if isinstance(module, QuantAttention):
         found = {operand: _quantizer_grid(getattr(module, f"act_quantizer_{operand}")) for operand in "qkvw"}
     elif isinstance(module, IntegerAttention):
-        found = {operand: _operand_grid(getattr(module, operand)) for operand in "qkvw"}
+        found = {operand: GridPlan.of(getattr(module, operand).grid) for operand in "qkvw"}
         if module.policy == "float":
             del found["w"]
     else:

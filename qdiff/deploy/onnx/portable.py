@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from qdiff.deploy.onnx.builder import INT4, UINT4
 from qdiff.deploy.onnx.lowering import Lowering, Stored
-from qdiff.deploy.onnx.plans import Codes, Grid, LayerPlan, PartPlan
+from qdiff.deploy.onnx.plans import Codes, GridPlan, LayerPlan, PartPlan
 from qdiff.deploy.onnx.tracer import Op, View
 
 
@@ -78,7 +78,7 @@ class PortableLowering(Lowering):
 
     def _stored_codes(self, weight: Codes) -> tuple[int | None, np.ndarray, np.ndarray]:
         """ONNX's type that stores the codes, they, and their zero points; no type where none holds all of them."""
-        codes, zero, signed = weight.codes, weight.zero, weight.spec.qmin < 0
+        codes, zero, signed = weight.codes, weight.zero_point, weight.spec.qmin < 0
         if self.four_bit and weight.spec.bits <= 4:
             kind, dtype, low, high = (INT4, np.int8, -8, 7) if signed else (UINT4, np.uint8, 0, 15)
         else:
@@ -94,15 +94,16 @@ class PortableLowering(Lowering):
 
     # Grids
 
-    def snap(self, x: str, grid: Grid, axis: int = -1, rank: int = 0) -> str:
+    def snap(self, x: str, grid: GridPlan, axis: int = -1, rank: int = 0) -> str:
         """x on the grid; axis, rank: of the channels and of x, where the grid has a scale per channel."""
         dtype = _code_type(grid)
-        if not _stores(dtype, grid.zero):
+        if not _stores(dtype, grid.zero_point):
             return self._snap_in_floats(x, grid, axis, rank)
-        scale, zero = self.per_set(grid.scale), self.per_set(grid.zero.astype(dtype))
+        scale, zero = self.per_set(grid.scale), self.per_set(grid.zero_point.astype(dtype))
         if grid.bits not in (8, 16):
             ends = [
-                ((end - grid.zero) * grid.scale.astype(np.float64)).astype(np.float32) for end in (grid.qmin, grid.qmax)
+                ((end - grid.zero_point) * grid.scale.astype(np.float64)).astype(np.float32)
+                for end in (grid.spec.qmin, grid.spec.qmax)
             ]
             if grid.per_channel:
                 shape = (len(grid.scale), -1, *[1] * (rank - 1 - axis))
@@ -114,11 +115,11 @@ class PortableLowering(Lowering):
         codes = self.builder.add("QuantizeLinear", x, scale, zero, **attributes)
         return self.builder.add("DequantizeLinear", codes, scale, zero, **attributes)
 
-    def _snap_in_floats(self, x: str, grid: Grid, axis: int, rank: int) -> str:
+    def _snap_in_floats(self, x: str, grid: GridPlan, axis: int, rank: int) -> str:
         if not grid.per_channel:
             return self.snap_in_floats(x, grid)
         shape = (len(grid.scale), -1, *[1] * (rank - 1 - axis))
-        return self.snap_in_floats(x, Grid(grid.scale.reshape(shape), grid.zero.reshape(shape), grid.qmin, grid.qmax))
+        return self.snap_in_floats(x, GridPlan(grid.scale.reshape(shape), grid.zero_point.reshape(shape), grid.spec))
 
     # Attention
 
@@ -138,7 +139,7 @@ class PortableLowering(Lowering):
     def _scaled(self, x: str, factor: float) -> str:
         return x if factor == 1.0 else self.builder.add("Mul", x, self.builder.constant(np.float32(factor)))
 
-    def _snapped(self, x: str, grid: Grid | None) -> str:
+    def _snapped(self, x: str, grid: GridPlan | None) -> str:
         return x if grid is None else self.snap(x, grid)
 
     # Maps
@@ -178,10 +179,10 @@ class FourBitLowering(PortableLowering):
     four_bit = True
 
 
-def _code_type(grid: Grid) -> type:
+def _code_type(grid: GridPlan) -> type:
     if grid.bits <= 8:
-        return np.int8 if grid.qmin < 0 else np.uint8
-    return np.int16 if grid.qmin < 0 else np.uint16
+        return np.int8 if grid.spec.qmin < 0 else np.uint8
+    return np.int16 if grid.spec.qmin < 0 else np.uint16
 
 
 def _stores(dtype: type, values: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from qdiff.deploy.onnx.builder import CONTRIB
 from qdiff.deploy.onnx.lowering import Lowering, Stored
 from qdiff.deploy.onnx.matrices import int8_matrix, is_integer, window_matrix
 from qdiff.deploy.onnx.norms import ChannelsLastNorms, channels_last
-from qdiff.deploy.onnx.plans import Codes, Grid, LayerPlan, PartPlan
+from qdiff.deploy.onnx.plans import Codes, GridPlan, LayerPlan, PartPlan
 from qdiff.deploy.onnx.tracer import Op, View
 from qdiff.deploy.onnx.windows import moved_rows, source_rows
 
@@ -120,21 +120,21 @@ class RuntimeLowering(AttentionByHeads, ChannelsLastNorms, Lowering):
 
     # Grids
 
-    def stored_zero(self, grid: Grid, dtype: type = np.uint8) -> str:
+    def stored_zero(self, grid: GridPlan, dtype: type = np.uint8) -> str:
         """The zero point as codes are stored."""
         shift = grid.stored_offset - (128 if dtype is np.int8 else 0)
-        return self.per_set((grid.zero + shift).astype(dtype))
+        return self.per_set((grid.zero_point + shift).astype(dtype))
 
-    def quantize(self, x: str, grid: Grid, dtype: type = np.uint8) -> str:
+    def quantize(self, x: str, grid: GridPlan, dtype: type = np.uint8) -> str:
         """x as stored codes of a grid of at most 8 bits."""
         codes = self.builder.add("QuantizeLinear", x, self.per_set(grid.scale), self.stored_zero(grid, dtype))
         if grid.bits == 8:
             return codes
         shift = grid.stored_offset - (128 if dtype is np.int8 else 0)
-        ends = [self.builder.constant(dtype(end + shift)) for end in (grid.qmin, grid.qmax)]
+        ends = [self.builder.constant(dtype(end + shift)) for end in (grid.spec.qmin, grid.spec.qmax)]
         return self.builder.add("Clip", codes, *ends)
 
-    def snap(self, x: str, grid: Grid) -> str:
+    def snap(self, x: str, grid: GridPlan) -> str:
         """x on the grid, as floats."""
         if grid.per_channel or not grid.in_range or grid.bits not in (*range(9), 16):
             return self.snap_in_floats(x, grid)

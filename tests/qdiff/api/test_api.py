@@ -1,7 +1,7 @@
 """The Python interface: what the command lines can do, it can."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -185,7 +185,7 @@ class Shrink:
 def shrink(run, stage, number):
     for layer in quant_layers(run.network).values():
         for quantizer in layer.weight_quantizers:
-            quantizer.set_grid(quantizer.scale * stage.factor, quantizer.zero_point)
+            quantizer.set_grid(replace(quantizer.grid, scale=quantizer.scale * stage.factor))
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ def grid(low, high, spec=BASE.activations):
 
 
 def assert_act_grid(quantizer, low, high):
-    scale, zero_point = grid(low, high, quantizer.spec)
-    torch.testing.assert_close(quantizer.scale.data, scale)
-    assert torch.equal(quantizer.zero_point, zero_point)
+    expected = grid(low, high, quantizer.spec)
+    torch.testing.assert_close(quantizer.scale.data, expected.scale)
+    assert torch.equal(quantizer.zero_point, expected.zero_point)
 
 
 # Randomness, and what is left alone
@@ -123,8 +123,8 @@ def test_weights_are_rounded_to_the_nearest_code_on_their_grid(run, float_weight
         for part, quantizer in zip(layer.slices, layer.weight_quantizers, strict=True):
             rows = weight[:, part].flatten(1)
             expected = grid_from_range(rows.amin(1), rows.amax(1), quantizer.spec)
-            assert torch.equal(quantizer.scale.flatten(), expected[0])
-            assert torch.equal(quantizer.zero_point.flatten(), expected[1])
+            assert torch.equal(quantizer.scale.flatten(), expected.scale)
+            assert torch.equal(quantizer.zero_point.flatten(), expected.zero_point)
 
 
 def test_a_search_narrows_weight_grids(run):

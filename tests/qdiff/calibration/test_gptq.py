@@ -11,6 +11,7 @@ from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.gptq import InputMoment, compensate, compensate_unit, execution_order, input_rows
 from qdiff.calibration.hooks import recording_inputs
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QUANT_LAYERS, quant_layers
 from qdiff.nn.ranges import grid_from_range
 from qdiff.nn.step_table import StepTable
@@ -26,7 +27,7 @@ def quantized(layer, spec=W3, boundary=None, act_spec=None):
     layer = QUANT_LAYERS[type(layer)](layer.double().requires_grad_(False), spec, act_spec, STEPS, boundary).double()
     for part, quantizer in zip(layer.slices, layer.weight_quantizers, strict=True):
         rows = layer.weight[:, part].reshape(quantizer.scale.shape[0], -1)
-        quantizer.set_grid(*grid_from_range(rows.amin(1), rows.amax(1), spec))
+        quantizer.set_grid(grid_from_range(rows.amin(1), rows.amax(1), spec))
     return layer
 
 
@@ -74,7 +75,7 @@ def plain(layer, base, moment, damping):
 def error_of(layer, codes, base, moment):
     """sum over output channels of e^T H e, the squared error of the layer's output."""
     parts = zip(layer.slices, layer.weight_quantizers, strict=True)
-    error = (torch.cat([q.values(codes[:, part]) for part, q in parts], 1) - base).flatten(1)
+    error = (torch.cat([q.grid.values(codes[:, part]) for part, q in parts], 1) - base).flatten(1)
     return torch.einsum("ok,kl,ol->", error, moment, error).item()
 
 
@@ -175,7 +176,7 @@ def test_rows_times_weights_are_the_layers_outputs(layer_and_input):
 
 def test_a_moment_is_that_of_the_rows_of_the_quantized_input_over_all_batches(layer_and_input, generator):
     layer, x = quantized(layer_and_input[0], act_spec=QuantSpec(3, "signed")), layer_and_input[1]
-    layer.act_quantizers[0].set_grid(torch.tensor(0.5), torch.tensor(0.0))
+    layer.act_quantizers[0].set_grid(Grid(torch.tensor(0.5), torch.tensor(0.0), layer.act_quantizers[0].spec))
     moment = InputMoment(layer, 10**6, generator)
     for batch in x.split(2):
         moment.add(batch)

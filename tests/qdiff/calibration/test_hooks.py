@@ -13,6 +13,7 @@ from qdiff.calibration.hooks import (
     recording_outputs,
     training_mode,
 )
+from qdiff.nn.grid import Grid
 from qdiff.nn.quantizers import ActQuantizer
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import QuantSpec, StepGroups
@@ -30,7 +31,7 @@ def module():
 @pytest.fixture
 def quantizer():
     quantizer = ActQuantizer(QuantSpec(8, "signed"), StepTable(10, StepGroups()))
-    quantizer.set_grid(torch.tensor(0.5), torch.tensor(0.0))
+    quantizer.set_grid(Grid(torch.tensor(0.5), torch.tensor(0.0), quantizer.spec))
     return quantizer
 
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from qdiff.calibration.batch_noise import BatchNoise
 from qdiff.calibration.loop import UnitData, UnitTask, minibatches, optimise, parameter_groups
-from qdiff.nn.functional import fake_quantize, soft_quantize, soft_round
+from qdiff.nn.functional import soft_quantize, soft_round
+from qdiff.nn.grid import MIN_SCALE, Grid
 from qdiff.nn.layers import QUANT_LAYERS, act_quantizers, quant_layers
-from qdiff.nn.quantizers import MIN_SCALE, ActQuantizer
+from qdiff.nn.quantizers import ActQuantizer
 from qdiff.nn.ranges import grid_from_range
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import QuantSpec, StepGroups
@@ -38,8 +39,8 @@ def quantize(layer, weight_bits=3, act_bits=4):
     spec, act = QuantSpec(weight_bits, axis="out_channel"), QuantSpec(act_bits, "signed")
     quantized = QUANT_LAYERS[nn.Linear](copy.deepcopy(layer), spec, act, STEPS).double()
     grid = grid_from_range(layer.weight.amin(1), layer.weight.amax(1), spec)
-    quantized.weight_quantizers[0].set_grid(*grid)
-    quantized.act_quantizers[0].set_grid(torch.tensor(0.3), torch.tensor(0.0))
+    quantized.weight_quantizers[0].set_grid(grid)
+    quantized.act_quantizers[0].set_grid(Grid(torch.tensor(0.3), torch.tensor(0.0), quantized.act_quantizers[0].spec))
     quantized.freeze(quantized.nearest_codes(layer.weight))
     return quantized
 
@@ -109,9 +110,9 @@ def reference(unit, float_unit, stage):
             if "rounding" in stage.learn:
                 q = layer.weight_quantizers[0]
                 base = float_unit.get_submodule(("first", "second")[i]).weight
-                weight = soft_quantize(base, q.scale, q.zero_point, alphas[i], q.spec)
+                weight = soft_quantize(base, alphas[i], q.grid)
             act = layer.act_quantizers[0]
-            x = fake_quantize(x, scales[i], act.zero_point, act.spec) @ weight.T + biases[i]
+            x = Grid(scales[i], act.zero_point, act.spec).snap(x) @ weight.T + biases[i]
             if i == 0:
                 x = float_unit.norm(x).relu()
         return x
@@ -201,7 +202,9 @@ def test_each_sample_learns_the_scales_of_its_timestep(unit, float_unit, data):
     for layer in quant_layers(unit).values():
         layer.act_quantizer = ActQuantizer(QuantSpec(4, "signed"), table).double()
         for group, scale in enumerate((0.9, 0.3)):
-            layer.act_quantizer.set_grid(torch.tensor(scale, dtype=torch.float64), torch.tensor(0.0), group)
+            layer.act_quantizer.set_grid(
+                Grid(torch.tensor(scale, dtype=torch.float64), torch.tensor(0.0), layer.act_quantizer.spec), group
+            )
     fresh, groups = copy.deepcopy(unit), {"scale": [q.scale for q in act_quantizers(unit).values()]}
     data.t.fill_(120.0)
     losses = optimise(UnitTask(unit, data, whole("scale", 0.01), groups, table), torch.Generator())

@@ -9,7 +9,7 @@ from torch import nn
 
 from ddim.attention import DotProductAttention
 from qdiff.checkpoints.packing import pack_codes
-from qdiff.deploy.integer import accumulate, centred_codes
+from qdiff.deploy.integer import accumulate
 from qdiff.deploy.layers import IntegerAttention, integer_layer
 from qdiff.nn.layers import QUANT_LAYERS, QuantAttention
 from qdiff.nn.ranges import grid_from_range
@@ -63,8 +63,8 @@ def test_codes_are_those_of_the_simulation(bits, kind, seed):
     """Centred code times scale is the simulation's value, bit for bit."""
     generator, spec = torch.Generator().manual_seed(seed), QuantSpec(bits, kind)
     x = 3 * torch.randn(64, generator=generator) + torch.randn(1, generator=generator)
-    scale, zero = grid_from_range(0.7 * x.min().view(1), 0.7 * x.max().view(1), spec)
-    codes = centred_codes(x, scale, zero.to(torch.int32), spec)
+    grid = grid_from_range(0.7 * x.min().view(1), 0.7 * x.max().view(1), spec)
+    scale, zero, codes = grid.scale, grid.zero_point, grid.centred(x)
     snapped = torch.round(x / scale).add(zero).clamp(spec.qmin, spec.qmax).sub(zero).mul(scale)
     assert torch.equal(codes * scale, snapped)
     assert torch.equal(codes, codes.round()) and (codes + zero).min() >= spec.qmin and (codes + zero).max() <= spec.qmax
@@ -89,7 +89,7 @@ def quantized(layer, x, weights, activations, groups=1, boundary=None):
     for part, quantizer in zip(quant.slices, quant.weight_quantizers, strict=True):
         rows = layer.weight.detach()[:, part].flatten(1)
         rows = rows if quantizer.spec.axis == "out_channel" else rows.reshape(1, -1)
-        quantizer.set_grid(*grid_from_range(0.9 * rows.amin(1), 0.8 * rows.amax(1), quantizer.spec))
+        quantizer.set_grid(grid_from_range(0.9 * rows.amin(1), 0.8 * rows.amax(1), quantizer.spec))
     quant.freeze(quant.nearest_codes(layer.weight.detach()))
     for part, quantizer in zip(quant.slices, quant.act_quantizers, strict=False):
         values = x.movedim(quantizer.channel_axis, 0)[part].flatten(1)
@@ -97,7 +97,7 @@ def quantized(layer, x, weights, activations, groups=1, boundary=None):
         for group in range(steps.count):
             shrink = 1 - 0.2 * group
             grid = grid_from_range(shrink * values.amin(1), 0.8 * shrink * values.amax(1), quantizer.spec)
-            quantizer.set_grid(*(each if quantizer.scale.dim() > 1 else each[0] for each in grid), group)
+            quantizer.set_grid(grid, group)
     return quant.requires_grad_(False), steps
 
 
@@ -168,7 +168,7 @@ def test_attention_gives_what_the_simulation_gives(bits, kind, operand_scaled, s
         quantizer = getattr(simulated, f"act_quantizer_{operand}")
         for group in range(2):
             low, high = (0.5 + 0.5 * group) * values.min(), (0.5 + 0.5 * group) * values.max()
-            quantizer.set_grid(*grid_from_range(low.view(1), high.view(1), quantizer.spec), group)
+            quantizer.set_grid(grid_from_range(low.view(1), high.view(1), quantizer.spec), group)
     exact = IntegerAttention(simulated, steps)
     with steps.at(torch.tensor([900, 10])):
         # A probability at a tie may take another code: double precision tells arithmetic from rounding.

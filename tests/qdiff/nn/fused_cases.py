@@ -1,12 +1,16 @@
-"""The fused kernels against `qdiff.nn.functional`; run by nn/test_fused.py, interpreted on the CPU or on a GPU."""
+"""The fused kernels against the same arithmetic in PyTorch.
+
+Run by nn/test_fused.py, interpreted on the CPU or on a GPU.
+"""
 
 import os
 
 import pytest
 import torch
 
-from qdiff.nn import functional as arithmetic
 from qdiff.nn import fused
+from qdiff.nn.functional import soft_round
+from qdiff.nn.grid import Grid, _FakeQuantize
 from qdiff.recipes.recipe import QuantSpec
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -32,7 +36,7 @@ def test_fake_quantization_and_its_gradients(generator, spec, shape):
     x = leaf(torch.where(torch.rand(shape, generator=generator) < 0.3, (x * 8).round() / 8, x))  # ties of the grid
     weight = torch.randn(shape, generator=generator).to(DEVICE)
     results = []
-    for function in (fused.FusedFakeQuantize, arithmetic._FakeQuantize):
+    for function in (fused.FusedFakeQuantize, _FakeQuantize):
         out = function.apply(x, scale, zero, spec.qmin, spec.qmax)
         results.append((out, *torch.autograd.grad((out * weight).sum(), (x, scale))))
     (out, grad_x, grad_scale), (plain_out, plain_x, plain_scale) = results
@@ -58,7 +62,7 @@ def test_soft_rounding_and_its_gradient(generator, bits, shape):
     alpha = leaf(torch.randn(shape, generator=generator) * 3)
     weight = torch.randn(shape, generator=generator).to(DEVICE)
     out = fused.FusedSoftRound.apply(base, scale, zero, alpha, spec)
-    codes = torch.floor(base / scale) + arithmetic.soft_round(alpha) + zero
+    codes = torch.floor(base / scale) + soft_round(alpha) + zero
     plain = (codes.clamp(spec.qmin, spec.qmax) - zero) * scale
     torch.testing.assert_close(out, plain, rtol=1e-6, atol=1e-6)
     found, expected = (torch.autograd.grad((o * weight).sum(), alpha)[0] for o in (out, plain))
@@ -71,7 +75,7 @@ def test_the_arithmetic_takes_the_kernels_where_they_fit(generator):
     zero = torch.zeros(1, device=DEVICE)
 
     def kind(tensor, scale):
-        return type(arithmetic.fake_quantize(tensor, scale, zero, SPECS[1]).grad_fn).__name__
+        return type(Grid(scale, zero, SPECS[1]).snap(tensor).grad_fn).__name__
 
     assert kind(x, one) == "FusedFakeQuantizeBackward"
     for tensor, scale in ((x, many), (x.T, one), (x.double(), one.double())):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddim.attention import DotProductAttention
-from qdiff.nn.functional import fake_quantize
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QUANT_LAYERS, QuantAttention, learnable_scales, quant_layers, to_double
 from qdiff.nn.quantizers import ActQuantizer
 from qdiff.nn.ranges import grid_from_range
@@ -46,10 +46,10 @@ def quantize(layer, x, weight_spec=W4, act_spec=A8, boundary=None, freeze=True):
     quantized = QUANT_LAYERS[type(layer)](copy.deepcopy(layer), weight_spec, act_spec, STEPS, boundary)
     for part, quantizer in zip(quantized.slices, quantized.weight_quantizers, strict=True):
         rows = layer.weight[:, part].reshape(quantizer.scale.shape[0], -1)
-        quantizer.set_grid(*grid_from_range(rows.amin(1), rows.amax(1), weight_spec))
+        quantizer.set_grid(grid_from_range(rows.amin(1), rows.amax(1), weight_spec))
     for part, quantizer in zip(quantized.slices, quantized.act_quantizers, strict=False):
         values = channels(x, part)
-        quantizer.set_grid(*(g[0] for g in grid_from_range(values.min().view(1), values.max().view(1), act_spec)))
+        quantizer.set_grid(grid_from_range(values.min().view(1), values.max().view(1), act_spec))
     if freeze:
         quantized.freeze(quantized.nearest_codes(layer.weight))
     return quantized
@@ -58,11 +58,10 @@ def quantize(layer, x, weight_spec=W4, act_spec=A8, boundary=None, freeze=True):
 def explicit(layer, quantized, x):
     """(input, weight) as fake quantization of each part gives them."""
     inputs = [
-        fake_quantize(channels(x, part), q.scale, q.zero_point, q.spec)
-        for part, q in zip(quantized.slices, quantized.act_quantizers, strict=True)
+        q.grid.snap(channels(x, part)) for part, q in zip(quantized.slices, quantized.act_quantizers, strict=True)
     ]
     weights = [
-        fake_quantize(layer.weight[:, part], q.scale, q.zero_point, q.spec)
+        q.grid.snap(layer.weight[:, part])
         for part, q in zip(quantized.slices, quantized.weight_quantizers, strict=True)
     ]
     return inputs, weights
@@ -222,8 +221,9 @@ def test_attention_quantizes_all_four_operands_each_on_its_grid(scales, generato
     quantized = attention(DotProductAttention(*scales), act=QuantSpec(8, "signed"))
     steps = {"q": 0.11, "k": 0.07, "v": 0.05}
     for name, step in steps.items():
-        getattr(quantized, f"act_quantizer_{name}").set_grid(torch.tensor(step), torch.tensor(0.0))
-    quantized.act_quantizer_w.set_grid(torch.tensor(1 / 255), torch.tensor(0.0))
+        quantizer = getattr(quantized, f"act_quantizer_{name}")
+        quantizer.set_grid(Grid(torch.tensor(step), torch.tensor(0.0), quantizer.spec))
+    quantized.act_quantizer_w.set_grid(Grid(torch.tensor(1 / 255), torch.tensor(0.0), quantized.act_quantizer_w.spec))
     q, k, v = (torch.randn(2, 1, 5, 8, generator=generator) for _ in range(3))
 
     def snap(x, step):
@@ -256,5 +256,5 @@ def test_layers_are_listed_by_name_in_the_order_of_definition():
 def test_sixteen_bit_and_idle_quantizers_have_no_learnable_scale():
     eight, sixteen, idle = (ActQuantizer(QuantSpec(bits), STEPS) for bits in (8, 16, 8))
     for quantizer in (eight, sixteen):
-        quantizer.set_grid(torch.tensor(0.1), torch.tensor(0.0))
+        quantizer.set_grid(Grid(torch.tensor(0.1), torch.tensor(0.0), quantizer.spec))
     assert [p is eight.scale for p in learnable_scales([eight, sixteen, idle])] == [True]

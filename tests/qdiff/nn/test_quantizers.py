@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from qdiff.nn.functional import fake_quantize, soft_round
+from qdiff.nn.functional import soft_round
+from qdiff.nn.grid import Grid
 from qdiff.nn.quantizers import ActQuantizer, FloorRounding, SoftRounding, WeightQuantizer
 from qdiff.nn.ranges import grid_from_range
 from qdiff.nn.step_table import StepTable
@@ -19,14 +20,14 @@ def fitted(weight, spec):
     """A weight quantizer whose grid spans the weight."""
     quantizer = WeightQuantizer(spec, weight)
     rows = weight.reshape(quantizer.scale.shape[0], -1)
-    quantizer.set_grid(*grid_from_range(rows.amin(1), rows.amax(1), spec))
+    quantizer.set_grid(grid_from_range(rows.amin(1), rows.amax(1), spec))
     return quantizer
 
 
 def test_an_activation_quantizer_passes_everything_through_until_it_has_a_range(generator):
     quantizer, x = ActQuantizer(SIGNED8, ONE_SET), torch.randn(2, 3, generator=generator)
     assert quantizer(x) is x
-    quantizer.set_grid(torch.tensor(0.5), torch.tensor(0.0))
+    quantizer.set_grid(Grid(torch.tensor(0.5), torch.tensor(0.0), quantizer.spec))
     assert torch.equal(quantizer(x), (2 * x).round() / 2)
 
 
@@ -34,8 +35,8 @@ def test_an_activation_quantizer_passes_everything_through_until_it_has_a_range(
 def test_grids_are_copied_into_parameters_that_keep_their_identity(axis):
     quantizer = ActQuantizer(QuantSpec(8, axis=axis), StepTable(9, StepGroups(2), torch.tensor([8, 0])), 3)
     scale, zero_point = quantizer.scale, quantizer.zero_point
-    quantizer.set_grid(torch.tensor(0.5), torch.tensor(7.0))
-    quantizer.set_grid(torch.tensor(0.25), torch.tensor(9.0), group=1)
+    quantizer.set_grid(Grid(torch.tensor(0.5), torch.tensor(7.0), quantizer.spec))
+    quantizer.set_grid(Grid(torch.tensor(0.25), torch.tensor(9.0), quantizer.spec), group=1)
     assert quantizer.scale is scale and quantizer.zero_point is zero_point
     assert scale[0].unique().tolist() == [0.5] and scale[1].unique().tolist() == [0.25]
     assert zero_point[0].unique().tolist() == [7] and zero_point[1].unique().tolist() == [9]
@@ -56,8 +57,8 @@ def test_a_grid_per_input_channel_lies_along_the_channel_axis(shape, view, axis,
     spec = QuantSpec(8, "signed", "in_channel")
     quantizer = ActQuantizer(spec, ONE_SET, 3, axis)
     scale, x = torch.tensor([0.1, 0.2, 0.4]), torch.randn(shape, generator=generator)
-    quantizer.set_grid(scale, torch.zeros(3))
-    assert torch.equal(quantizer(x), fake_quantize(x, scale.view(view), torch.zeros(()), spec))
+    quantizer.set_grid(Grid(scale, torch.zeros(3), quantizer.spec))
+    assert torch.equal(quantizer(x), Grid(scale.view(view), torch.zeros(()), spec).snap(x))
 
 
 def test_a_grid_per_input_channel_needs_to_know_how_many():
@@ -67,7 +68,7 @@ def test_a_grid_per_input_channel_needs_to_know_how_many():
 
 def test_an_observer_sees_inputs_before_they_are_quantized(generator):
     quantizer, seen = ActQuantizer(SIGNED8, ONE_SET), []
-    quantizer.set_grid(torch.tensor(0.5), torch.tensor(0.0))
+    quantizer.set_grid(Grid(torch.tensor(0.5), torch.tensor(0.0), quantizer.spec))
     quantizer.observer = lambda which, x: seen.append((which, x))
     x = torch.randn(2, 3, generator=generator)
     quantizer(x)
@@ -86,8 +87,8 @@ def test_weight_grids_have_the_shapes_of_published_checkpoints(shape, axis):
 def test_the_values_of_nearest_codes_are_the_fake_quantized_weight(kind, generator):
     weight, spec = torch.randn(6, 4, 3, 3, generator=generator), QuantSpec(4, kind, "out_channel")
     quantizer = fitted(weight, spec)
-    expected = fake_quantize(weight, quantizer.scale, quantizer.zero_point, spec)
-    assert torch.equal(quantizer.values(quantizer.codes(weight)), expected)
+    expected = quantizer.grid.snap(weight)
+    assert torch.equal(quantizer.grid.values(quantizer.grid.codes(weight)), expected)
 
 
 # AdaRound (methods §1.3, §7.1 item 2)
@@ -120,7 +121,7 @@ def test_adaround_starts_at_the_fraction_in_float32_too(generator):
 def test_adaround_hardens_to_the_nearest_code_at_its_start(generator):
     weight = torch.randn(8, 30, generator=generator)
     quantizer = fitted(weight, QuantSpec(4, "affine", "out_channel"))
-    assert torch.equal(SoftRounding(weight, quantizer).codes(), quantizer.codes(weight))
+    assert torch.equal(SoftRounding(weight, quantizer).codes(), quantizer.grid.codes(weight))
 
 
 def test_a_sharpened_start_hardens_to_the_same_codes_and_is_nearer_to_them(generator):
@@ -128,7 +129,7 @@ def test_a_sharpened_start_hardens_to_the_same_codes_and_is_nearer_to_them(gener
     quantizer = fitted(weight, QuantSpec(4, "affine", "out_channel"))
     plain, sharpened = SoftRounding(weight, quantizer), SoftRounding(weight, quantizer, 3.0)
     assert torch.equal(sharpened.codes(), plain.codes())
-    final = quantizer.values(plain.codes())
+    final = quantizer.grid.values(plain.codes())
     assert ((sharpened() - final).abs() <= (plain() - final).abs() + 1e-6).all()
     assert (sharpened() - final).abs().mean() < 0.6 * (plain() - final).abs().mean()
 
@@ -142,7 +143,7 @@ def test_adaround_hardens_to_floor_or_ceiling_whatever_it_has_learned(generator)
     floor = (weight / quantizer.scale).floor()
     expected = torch.where(rounding.alpha >= 0, floor + 1, floor).clamp(spec.qmin, spec.qmax)
     assert torch.equal(rounding.codes(), expected)
-    assert (expected != quantizer.codes(weight)).float().mean() > 0.2
+    assert (expected != quantizer.grid.codes(weight)).float().mean() > 0.2
 
 
 def test_gradients_reach_alpha_alone(generator):
@@ -164,19 +165,19 @@ KINDS = ["affine", "signed", "unsigned_mid"]
 def test_finetuning_starts_exactly_at_the_codes_there_are_however_far_off(kind, axis, generator):
     weight, spec = torch.randn(8, 30, generator=generator), QuantSpec(4, kind, axis)
     quantizer = fitted(weight, spec)
-    nearest = quantizer.codes(weight)
+    nearest = quantizer.grid.codes(weight)
     away = torch.randint(-5, 6, weight.shape, generator=generator)  # as compensated rounding may leave them
     for codes in (nearest, (nearest + away).clamp(spec.qmin, spec.qmax), torch.full_like(nearest, spec.qmax)):
         rounding = FloorRounding(weight, codes.to(torch.int8), quantizer)
         assert torch.equal(rounding.codes(), codes)
-        torch.testing.assert_close(rounding(), quantizer.values(codes), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rounding(), quantizer.grid.values(codes), rtol=1e-6, atol=1e-6)
         assert torch.equal(rounding.weight, weight)
 
 
 def test_a_finetuned_weight_has_the_codes_that_floor_and_its_offset_give(generator):
     weight, spec = torch.randn(8, 30, generator=generator), QuantSpec(4, "affine", "out_channel")
     quantizer = fitted(weight, spec)
-    codes = quantizer.codes(weight)
+    codes = quantizer.grid.codes(weight)
     rounding = FloorRounding(weight, codes, quantizer)
     moved = weight + 0.5 * torch.randn(weight.shape, generator=generator)
     with torch.no_grad():
@@ -184,7 +185,7 @@ def test_a_finetuned_weight_has_the_codes_that_floor_and_its_offset_give(generat
     steps = (moved / quantizer.scale).floor() - (weight / quantizer.scale).floor()
     expected = (codes + steps).clamp(spec.qmin, spec.qmax)
     assert torch.equal(rounding.codes(), expected) and (expected != codes).float().mean() > 0.3
-    torch.testing.assert_close(rounding(), quantizer.values(expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rounding(), quantizer.grid.values(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_after_adaround_the_offset_is_0_or_1(generator):
@@ -197,7 +198,7 @@ def test_after_adaround_the_offset_is_0_or_1(generator):
 def test_gradients_of_finetuning_reach_the_weight_and_not_its_source(generator):
     weight = torch.randn(4, 5, generator=generator, requires_grad=True)
     quantizer = fitted(weight.detach(), QuantSpec(4, axis="out_channel"))
-    rounding = FloorRounding(weight, quantizer.codes(weight.detach()), quantizer)
+    rounding = FloorRounding(weight, quantizer.grid.codes(weight.detach()), quantizer)
     assert not rounding.weight.requires_grad  # until the stage says so
     rounding.weight.requires_grad_()
     rounding().square().sum().backward()

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 
 import qdiff.nn.ranges
-from qdiff.nn.functional import dequantize, fake_quantize, quantize
 from qdiff.nn.ranges import FINDERS, MinMax, Percentile, ShrinkSearch, ThetaSearch, grid_from_range, make_finder
 from qdiff.recipes.recipe import KINDS, QuantSpec
 from qdiff.recipes.stages import RangeSpec
@@ -28,8 +27,7 @@ MIXED = rows((-1, 2), (-3, 1), (0.5, 4), (-2, -1), (0, 1), (-1, 0))
 
 def snapped(values, finder, spec):
     """Every row on its grid."""
-    scale, zero = (g[:, None] for g in grid_from_range(*finder(values, spec), spec))
-    return fake_quantize(values, scale, zero, spec)
+    return grid_from_range(*finder(values, spec), spec).view(-1, 1).snap(values)
 
 
 # Grids
@@ -37,15 +35,15 @@ def snapped(values, finder, spec):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_unsigned_mid_has_its_zero_in_the_middle(bits):
-    scale, zero = grid_from_range(torch.tensor([-1.0]), torch.tensor([0.5]), QuantSpec(bits, "unsigned_mid"))
-    assert zero.item() == {8: 128, 4: 8}[bits]
-    assert scale.item() == pytest.approx(2 / (2**bits - 1))
+    grid = grid_from_range(torch.tensor([-1.0]), torch.tensor([0.5]), QuantSpec(bits, "unsigned_mid"))
+    assert grid.zero_point.item() == {8: 128, 4: 8}[bits]
+    assert grid.scale.item() == pytest.approx(2 / (2**bits - 1))
 
 
 def test_unsigned_mid_represents_slightly_less_above_than_below():
     """Methods §2.1: at 8 bits and theta = 1 the ends are -1.0039 and 0.9961."""
-    scale, zero = grid_from_range(torch.tensor([-1.0]), torch.tensor([1.0]), MID8)
-    ends = dequantize(torch.tensor([0.0, 255.0]), scale, zero)
+    grid = grid_from_range(torch.tensor([-1.0]), torch.tensor([1.0]), MID8)
+    ends = grid.values(torch.tensor([0.0, 255.0]))
     assert ends.tolist() == pytest.approx([-1.0039, 0.9961], abs=1e-4)
 
 
@@ -55,14 +53,14 @@ def test_unsigned_mid_represents_slightly_less_above_than_below():
     ids=["from-zero", "positive", "to-zero", "negative"],
 )
 def test_unsigned_mid_is_one_sided_for_one_sided_data(low, high, zero, ends):
-    scale, zero_point = grid_from_range(torch.tensor([low]), torch.tensor([high]), MID8)
-    assert zero_point.item() == zero
-    assert dequantize(torch.tensor([0.0, 255.0]), scale, zero_point).tolist() == pytest.approx(ends, abs=1e-6)
+    grid = grid_from_range(torch.tensor([low]), torch.tensor([high]), MID8)
+    assert grid.zero_point.item() == zero
+    assert grid.values(torch.tensor([0.0, 255.0])).tolist() == pytest.approx(ends, abs=1e-6)
 
 
 def test_unsigned_mid_chooses_its_side_for_the_whole_tensor():
-    _, zero = grid_from_range(torch.tensor([0.0, -1.0]), torch.tensor([2.0, 1.0]), MID8)
-    assert zero.tolist() == [128, 128]
+    grid = grid_from_range(torch.tensor([0.0, -1.0]), torch.tensor([2.0, 1.0]), MID8)
+    assert grid.zero_point.tolist() == [128, 128]
 
 
 @given(st.floats(-100, 100), st.floats(0, 100), st.sampled_from(KINDS), st.integers(2, 8))
@@ -71,9 +69,10 @@ def test_the_ends_of_the_range_are_within_half_a_step_of_the_grid(low, width, ki
     ends = torch.tensor([low, low + width], dtype=torch.float64)
     if kind == "unsigned":
         ends = ends.abs().sort().values
-    scale, zero = grid_from_range(ends[:1], ends[1:], spec)
+    grid = grid_from_range(ends[:1], ends[1:], spec)
+    scale, zero = grid.scale, grid.zero_point
     assert scale.isfinite().all() and (scale > 0).all() and torch.equal(zero, zero.round())
-    assert ((fake_quantize(ends, scale, zero, spec) - ends).abs() <= 0.5 * scale * (1 + 1e-9)).all()
+    assert ((grid.snap(ends) - ends).abs() <= 0.5 * scale * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize(
@@ -84,9 +83,9 @@ def test_rows_of_zeros_get_a_finite_grid_that_keeps_them(finder, kind):
     spec = QuantSpec(4, kind)
     values = torch.cat([torch.zeros(1, 40), torch.linspace(-1, 1, 40)[None]])
     low, high = finder(values, spec)
-    scale, zero = grid_from_range(low, high, spec)
-    assert scale.isfinite().all() and (scale > 0).all()
-    assert torch.equal(fake_quantize(values[:1], scale[:1], zero[:1], spec), values[:1])
+    grid = grid_from_range(low, high, spec)
+    assert grid.scale.isfinite().all() and (grid.scale > 0).all()
+    assert torch.equal(grid.view(-1, 1).snap(values)[0], values[0])
 
 
 # Published faults (methods §1.7)
@@ -96,26 +95,24 @@ def test_b1_strictly_positive_data_collapse_under_the_raw_minimum_and_not_withou
     x = rows((5, 6))
     width = float(x.max() - x.min())
     low, high = MinMax()(x, AFFINE8)
-    collapsed = fake_quantize(x, *grid_from_range(low, high, AFFINE8, raw_min=True), AFFINE8)
+    collapsed = grid_from_range(low, high, AFFINE8, raw_min=True).snap(x)
     assert collapsed.max().item() <= width + 1e-9  # every value of 5 ... 6 comes out as the width of the range
-    kept = fake_quantize(x, *grid_from_range(low, high, AFFINE8), AFFINE8)
+    kept = grid_from_range(low, high, AFFINE8).snap(x)
     assert (kept - x).abs().max() <= 0.5 * high.item() / 255 * (1 + 1e-9)
 
 
 def test_b1_changes_nothing_for_data_on_both_sides_of_zero():
     low, high = MinMax()(rows((-1, 2), (-3, 0.5)), AFFINE8)
-    for mine, raw in zip(
-        grid_from_range(low, high, AFFINE8), grid_from_range(low, high, AFFINE8, raw_min=True), strict=True
-    ):
-        assert torch.equal(mine, raw)
+    grid, raw = (grid_from_range(low, high, AFFINE8, raw_min=raw_min) for raw_min in (False, True))
+    assert torch.equal(grid.scale, raw.scale) and torch.equal(grid.zero_point, raw.zero_point)
 
 
 def test_b1_spares_strictly_negative_data():
     """Their zero point is not held within the codes: z = round(-min / scale), scale = (max - min) / 255."""
     x = rows((-6, -5))
     grid = grid_from_range(*MinMax()(x, AFFINE8), AFFINE8, raw_min=True)
-    assert grid[1].item() == round(6 * 255)
-    assert (fake_quantize(x, *grid, AFFINE8) - x).abs().max() <= 0.5 / 255 * (1 + 1e-9)
+    assert grid.zero_point.item() == round(6 * 255)
+    assert (grid.snap(x) - x).abs().max() <= 0.5 / 255 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("finder", [ShrinkSearch(), ThetaSearch(), Percentile()], ids=lambda f: type(f).__name__)
@@ -204,9 +201,9 @@ POSITIVE = rows((0, 1), (0.5, 4))
     + ["theta-negative", "theta-signed", "percentile-affine", "percentile-mid"],
 )
 def test_search_is_the_plain_loop_over_rows_and_candidates(finder, values, candidates, spec):
-    scale, zero = grid_from_range(*finder(values, spec), spec)
+    grid = grid_from_range(*finder(values, spec), spec)
     expected = torch.tensor(plain_search(values, candidates, spec, finder.p), dtype=torch.float64)
-    torch.testing.assert_close(torch.stack([scale, zero], 1), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.stack([grid.scale, grid.zero_point], 1), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 4000], ids=lambda c: f"chunk{c}")
@@ -265,5 +262,5 @@ def test_a_shrink_search_refuses_candidates_that_would_shrink_below_nothing():
 
 def test_codes_of_a_searched_grid_fill_it():
     x = rows((-1, 1))
-    scale, zero = grid_from_range(*ShrinkSearch()(x, SIGNED3), SIGNED3)
-    assert quantize(x, scale, zero, SIGNED3).unique().numel() >= 7
+    grid = grid_from_range(*ShrinkSearch()(x, SIGNED3), SIGNED3)
+    assert grid.codes(x).unique().numel() >= 7

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import act_quantizers, to_double
 from qdiff.nn.quantizers import ActQuantizer
 from qdiff.nn.step_table import StepTable
@@ -168,7 +169,7 @@ def test_a_batch_of_one_set_has_a_single_index_and_the_numbers_of_one_per_sample
     assert table.index.tolist() == [1]
     quantizer, x = ActQuantizer(QuantSpec(4), table), torch.linspace(-1, 1, 24).view(4, 2, 3)
     for group, scale in enumerate((0.1, 0.3)):
-        quantizer.set_grid(torch.tensor(scale), torch.tensor(7.0), group)
+        quantizer.set_grid(Grid(torch.tensor(scale), torch.tensor(7.0), quantizer.spec), group)
     single = quantizer(x)
     table.index = torch.tensor([1, 1, 1, 1])
     assert torch.equal(single, quantizer(x)) and single.unique().numel() > 3
@@ -198,7 +199,7 @@ def two_decimals(table, axis="tensor", channels=None, channel_axis=1):
     quantizer = ActQuantizer(QuantSpec(8, "signed", axis), table, channels, channel_axis)
     for group in range(3):
         scale = 0.1**group * (torch.ones(()) if channels is None else torch.arange(1, channels + 1))
-        quantizer.set_grid(scale, torch.zeros_like(scale), group)
+        quantizer.set_grid(Grid(scale, torch.zeros_like(scale), quantizer.spec), group)
     return quantizer
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ddim.attention import DotProductAttention
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantAttention, act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers, softmax_spec
 from qdiff.recipes.recipe import COMPAT, QuantSpec, Recipe, Rule, StepGroups
@@ -163,7 +164,7 @@ def test_layers_with_one_set_have_it_while_others_have_one_per_group(wide_networ
         assert {q.scale.shape[0] for q in layer.act_quantizers} == {1 if name in time else 3}, name
         assert {q.steps is wide_network.step_table for q in layer.act_quantizers} == {name not in time}
     for quantizer in act_quantizers(wide_network).values():
-        quantizer.set_grid(torch.tensor(0.05), torch.tensor(0.0))
+        quantizer.set_grid(Grid(torch.tensor(0.05), torch.tensor(0.0), quantizer.spec))
     wide_network.double()  # in float32 a batch of another size sums in another order, and ties round the other way
     mixed = wide_network(states.x, states.t)  # its batch has all groups
     alone = torch.cat([wide_network(x[None], t[None]) for x, t in zip(states.x, states.t, strict=True)])

@@ -7,6 +7,7 @@ from qdiff.deploy.kernels import attention
 from qdiff.deploy.kernels.attention import Grids, integer_attention
 from qdiff.deploy.kernels.codes import ActGrid
 from qdiff.deploy.kernels.tuning import Config
+from qdiff.nn.grid import Grid
 from qdiff.recipes.recipe import QuantSpec
 
 UNSIGNED = QuantSpec(8, "unsigned")
@@ -37,7 +38,7 @@ def test_the_simulation(spec, w_spec, sizes, random_grid, centred_codes, generat
     zero = torch.tensor([0, 3 if w_spec.kind == "affine" else 0])
     grids["w"] = w_spec, torch.tensor([1.0, 0.6]) / w_spec.qmax, zero
     for operand, (own, scale, zero) in grids.items():
-        tables[operand] = ActGrid(scale, zero, own).to(device)
+        tables[operand] = ActGrid(Grid(scale, zero, own)).to(device)
     shapes = [(queries, channels), (keys, channels), (keys, values)]
     q, k, v = (torch.randn(2, n, heads, d, generator=generator).transpose(1, 2) for n, d in shapes)
     on_device = None if sets is None else torch.tensor(sets, device=device)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from qdiff.nn.functional import quantize
+from qdiff.nn.grid import Grid
 from qdiff.recipes.recipe import QuantSpec
 
 
@@ -48,6 +48,6 @@ def centred_codes():
     def make(x, scale, zero, spec: QuantSpec, sets):
         shape = (-1, *[1] * (x.dim() - 1))
         scale, zero = (values[sets].view(shape).to(x.dtype) for values in (scale, zero))
-        return quantize(x.clone(), scale, zero, spec) - zero
+        return Grid(scale, zero, spec).centred(x)
 
     return make

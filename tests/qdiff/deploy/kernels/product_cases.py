@@ -12,6 +12,7 @@ from qdiff.deploy.kernels.geometry import Geometry
 from qdiff.deploy.kernels.product import Epilogue, integer_product, integer_sums, weight_only_product
 from qdiff.deploy.kernels.quantize import quantize
 from qdiff.deploy.kernels.tuning import Config
+from qdiff.nn.grid import Grid
 from qdiff.recipes.recipe import QuantSpec
 
 # (kernel, geometry); sizes below are none that tiles divide.
@@ -46,8 +47,8 @@ def case(random_grid, random_codes, centred_codes, device):
         w_scale, w_zero = random_grid(w_spec, outputs, generator, ends=w_bits % 2 == 0)
         scale, zero = random_grid(a_spec, 3, generator, ends=a_bits % 2 == 0)
         x = torch.randn(2, *image, channels, generator=generator)
-        weight = KernelWeight.make(codes, w_scale, w_zero, w_spec).to(device)
-        grid = ActGrid(scale, zero, a_spec).to(device)
+        weight = KernelWeight.make(codes, Grid(w_scale, w_zero, w_spec)).to(device)
+        grid = ActGrid(Grid(scale, zero, a_spec)).to(device)
         centred = centred_codes(x, scale, zero, a_spec, [0] if sets is None else sets)
         sets = None if sets is None else torch.tensor(sets, device=device)
         stored = quantize(x.to(device), grid, sets)

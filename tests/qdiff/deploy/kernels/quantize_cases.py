@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from qdiff.deploy.kernels.codes import ActGrid
 from qdiff.deploy.kernels.norms import group_norm_codes, layer_norm_codes
 from qdiff.deploy.kernels.quantize import channel_sums, quantize
+from qdiff.nn.grid import Grid
 from qdiff.recipes.recipe import QuantSpec
 
 SPECS = [QuantSpec(8), QuantSpec(8, "signed"), QuantSpec(4, "unsigned"), QuantSpec(2), QuantSpec(6, "unsigned_mid")]
@@ -19,7 +20,7 @@ def test_codes_are_the_definitions(spec, sets, random_grid, centred_codes, gener
     """To the last one, in 16 and 32 bits; ties and values far outside among them."""
     scale, zero = random_grid(spec, 3, generator)
     scale[0] = 0.25
-    grid = ActGrid(scale, zero, spec).to(device)
+    grid = ActGrid(Grid(scale, zero, spec)).to(device)
     x = torch.randn(2, 3, 5, 70, generator=generator) * 4
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, (x * 8).round() / 8, x)
     x[0, 0, 0, :4] = torch.tensor([1e30, -1e30, 3e6, -3e6])
@@ -36,7 +37,7 @@ def test_codes_are_the_definitions(spec, sets, random_grid, centred_codes, gener
 
 def test_wide_grids_are_refused(device):
     with pytest.raises(ValueError, match="at most 8 bits, found 16"):
-        quantize(torch.zeros(2, 3, device=device), ActGrid(torch.ones(1), torch.zeros(1), QuantSpec(16)), None)
+        quantize(torch.zeros(2, 3, device=device), ActGrid(Grid(torch.ones(1), torch.zeros(1), QuantSpec(16))), None)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def assert_snapped(centred_codes):
 @pytest.mark.cases("True-*", "False-70-2-shape2")
 def test_group_norm(channels, groups, shape, silu, random_grid, generator, device, assert_snapped):
     spec = QuantSpec(8)
-    grid = ActGrid(*random_grid(spec, 3, generator), spec).to(device)
+    grid = ActGrid(Grid(*random_grid(spec, 3, generator), spec)).to(device)
     sets = torch.tensor([2, 0], device=device)
     x = (torch.randn(2, *shape, channels, generator=generator) * 0.1 + 30).to(device)  # a mean that cancels
     weight, bias = torch.randn(2, channels, generator=generator).to(device)
@@ -82,7 +83,7 @@ def test_group_norm(channels, groups, shape, silu, random_grid, generator, devic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layer_norm(channels, dtype, random_grid, generator, device, assert_snapped):
     spec = QuantSpec(8, "signed")
-    grid = ActGrid(*random_grid(spec, 3, generator), spec).to(device)
+    grid = ActGrid(Grid(*random_grid(spec, 3, generator), spec)).to(device)
     x = torch.randn(2, 9, channels, generator=generator).to(device, dtype)
     weight, bias = torch.randn(2, channels, generator=generator).to(device, dtype)
     for sets in (None, torch.tensor([1], device=device), torch.tensor([0, 2], device=device)):
@@ -92,7 +93,7 @@ def test_layer_norm(channels, dtype, random_grid, generator, device, assert_snap
 
 
 def test_a_row_that_no_program_holds_is_refused(device):
-    grid = ActGrid(torch.ones(1), torch.zeros(1), QuantSpec(8))
+    grid = ActGrid(Grid(torch.ones(1), torch.zeros(1), QuantSpec(8)))
     ones = torch.ones(16385, device=device)
     with pytest.raises(ValueError, match="at most 16384 channels, found 16385"):
         layer_norm_codes(ones[None], ones, ones, 1e-5, grid, None)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qdiff.deploy.kernels.codes import MAX_DEPTH, ActGrid, KernelWeight
 from qdiff.deploy.kernels.geometry import Geometry, windows
+from qdiff.nn.grid import Grid
 from qdiff.recipes.recipe import QuantSpec
 
 
@@ -21,7 +22,7 @@ def test_a_weight_keeps_its_codes(bits, kind, channels, data):
     generator = torch.Generator().manual_seed(bits * channels)
     codes = torch.randint(spec.qmin, spec.qmax + 1, (4, channels, *kernel), generator=generator)
     scale = torch.rand(4, generator=generator)
-    weight = KernelWeight.make(codes, scale, zero, spec)
+    weight = KernelWeight.make(codes, Grid(scale, zero, spec))
     centred = codes - zero.view(-1, *[1] * (codes.dim() - 1))
     taps = centred.reshape(4, channels, *[1] * (4 - codes.dim()), *kernel).permute(0, 2, 3, 1)
     assert torch.equal(weight.centred().long(), taps)
@@ -34,14 +35,14 @@ def test_a_weight_keeps_its_codes(bits, kind, channels, data):
 def test_codes_that_fit_a_byte_when_centred_leave_no_zero_point():
     spec = QuantSpec(8, axis="out_channel")
     codes = torch.arange(256).view(1, 256)
-    assert KernelWeight.make(codes, torch.ones(1), torch.tensor([128]), spec).zero is None
-    assert KernelWeight.make(codes, torch.ones(1), torch.tensor([127]), spec).zero is not None
+    assert KernelWeight.make(codes, Grid(torch.ones(1), torch.tensor([128]), spec)).zero is None
+    assert KernelWeight.make(codes, Grid(torch.ones(1), torch.tensor([127]), spec)).zero is not None
 
 
 def test_sums_that_may_exceed_32_bits_are_refused():
     codes = torch.zeros(1, MAX_DEPTH + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match=f"at most {MAX_DEPTH} weights per output, found {MAX_DEPTH + 1}"):
-        KernelWeight.make(codes, torch.ones(1), torch.zeros(1), QuantSpec(8))
+        KernelWeight.make(codes, Grid(torch.ones(1), torch.zeros(1), QuantSpec(8)))
 
 
 @pytest.mark.parametrize("kind", ["affine", "signed", "unsigned"])
@@ -49,14 +50,14 @@ def test_sums_that_may_exceed_32_bits_are_refused():
 def test_stored_activation_codes_are_signed_and_no_wider_than_the_grid(bits, kind):
     spec = QuantSpec(bits, kind)
     zero = torch.tensor([0, 3 if kind == "affine" else 0])
-    grid = ActGrid(torch.ones(2), zero, spec)
+    grid = ActGrid(Grid(torch.ones(2), zero, spec))
     assert grid.qmin >= -(2 ** (max(bits, 8) - 1)) and grid.qmax < 2 ** (max(bits, 8) - 1)
     assert torch.equal(grid.zero - grid.qmin, zero.int() - spec.qmin)
 
 
 def test_a_grid_per_channel_is_refused():
     with pytest.raises(ValueError, match=r"one scale per parameter set, found \[2, 3\]"):
-        ActGrid(torch.ones(2, 3), torch.zeros(2, 3), QuantSpec(4, axis="in_channel"))
+        ActGrid(Grid(torch.ones(2, 3), torch.zeros(2, 3), QuantSpec(4, axis="in_channel")))
 
 
 @pytest.mark.parametrize("geometry", [Geometry(), Geometry((2, 1), (1, 2)), Geometry((1, 2), (2, 1), (2, 1))], ids=str)
@@ -66,7 +67,7 @@ def test_window_sums_are_a_convolution_of_ones(geometry, image, kernel):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (3, 5, *kernel), generator=generator)
     zero = torch.tensor([0, 7, 15])
-    weight = KernelWeight.make(codes, torch.ones(3), zero, QuantSpec(4, axis="out_channel"))
+    weight = KernelWeight.make(codes, Grid(torch.ones(3), zero, QuantSpec(4, axis="out_channel")))
     try:
         out = geometry.size(kernel, image)
     except ValueError:

@@ -9,6 +9,7 @@ from torch import nn
 from ddim.attention import DotProductAttention
 from qdiff.deploy.convert import integer_network
 from qdiff.deploy.onnx.export import make_model, weights_with_zero_points
+from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantAttention, QuantConv, QuantLinear
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import QuantSpec, StepGroups
@@ -58,7 +59,7 @@ def quantized(layer, case, generator):
     found = kind(layer, case.weights, case.acts, TABLE, case.boundary)
     for part, quantizer in zip(found.slices, found.weight_quantizers, strict=False):
         scale = 0.01 + 0.02 * torch.rand(quantizer.scale.shape, generator=generator)
-        quantizer.set_grid(scale, torch.full_like(scale, whole(case.weights, case.weight_zero)))
+        quantizer.set_grid(Grid(scale, torch.full_like(scale, whole(case.weights, case.weight_zero)), quantizer.spec))
         codes = torch.randint(
             case.weights.qmin, case.weights.qmax + 1, layer.weight[:, part].shape, generator=generator
         )
@@ -69,7 +70,7 @@ def quantized(layer, case, generator):
         scale = torch.full_like(quantizer.scale, 0.05) * (1 + i)
         if scale.dim() > 1:
             scale = scale * torch.tensor([0.5, 1.0, 2.0, 4.0]).repeat(2)
-        quantizer.set_grid(scale, torch.full_like(scale, whole(case.acts, case.zero)))
+        quantizer.set_grid(Grid(scale, torch.full_like(scale, whole(case.acts, case.zero)), quantizer.spec))
     return found
 
 
@@ -131,9 +132,8 @@ def attention(softmax, acts=A8, operand_scale=0.8):
         quantizer = getattr(module, f"act_quantizer_{operand}")
         spec = quantizer.spec
         scale = torch.full_like(quantizer.scale, 1 / (spec.qmax - spec.qmin) if operand == "w" else 4.0 / 2**spec.bits)
-        quantizer.set_grid(
-            scale, torch.full_like(scale, 0 if operand == "w" else whole(spec, 2 ** (spec.bits - 1) - 9))
-        )
+        zero_point = torch.full_like(scale, 0 if operand == "w" else whole(spec, 2 ** (spec.bits - 1) - 9))
+        quantizer.set_grid(Grid(scale, zero_point, spec))
     return module
 
 
