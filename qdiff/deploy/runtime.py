@@ -18,6 +18,7 @@ from qdiff.deploy.convert import integer_network, is_integer, load_integer
 from qdiff.deploy.times import RuntimeTimings, contents, signature, sizes_of
 from qdiff.families import Adapter
 from qdiff.nn.layers import QuantLayer
+from qdiff.nn.unowned import Unowned
 
 logger = logging.getLogger(__name__)
 RUNTIMES = ("simulate", "integer", "onnx", "auto")
@@ -193,7 +194,7 @@ class OnnxAtFirstCall(Deferred):
 
     def __init__(self, network: nn.Module, adapter: Adapter) -> None:
         super().__init__(network.step_table)
-        self._network, self._adapter = (network,), adapter  # in a tuple: its parameters are not this module's
+        self._network, self._adapter = Unowned(network), adapter
         self._sizes: tuple | None = None
         self._session: nn.Module | None = None
 
@@ -208,7 +209,7 @@ class OnnxAtFirstCall(Deferred):
             from qdiff.deploy.onnx.session import OnnxNetwork
 
             self._session = None  # one at a time in memory
-            self._session = OnnxNetwork.of(self._network[0], self._adapter, *sizes)
+            self._session = OnnxNetwork.of(self._network.module, self._adapter, *sizes)
             self._sizes = sizes
         return self._session(x, t) if context is None else self._session(x, t, context)
 
@@ -218,11 +219,11 @@ class ChosenAtFirstCall(Deferred):
 
     def __init__(self, step_table: nn.Module) -> None:
         super().__init__(step_table)
-        self._chosen: tuple[nn.Module, ...] = ()  # in a tuple: its parameters are not this module's
+        self._chosen: Unowned[nn.Module] | None = None
 
     @property
     def running(self) -> nn.Module | None:
-        return self._chosen[0] if self._chosen else None
+        return None if self._chosen is None else self._chosen.module
 
     def choose(self, arguments: tuple[Tensor, ...]) -> nn.Module:
         """What is to run for arguments like these."""
@@ -232,9 +233,9 @@ class ChosenAtFirstCall(Deferred):
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """See `OnnxAtFirstCall`."""
         arguments = (x, t) if context is None else (x, t, context)
-        if not self._chosen:
-            self._chosen = (self.choose(arguments),)
-        return self._chosen[0](*arguments)
+        if self._chosen is None:
+            self._chosen = Unowned(self.choose(arguments))
+        return self._chosen.module(*arguments)
 
 
 class FastestAtFirstCall(ChosenAtFirstCall):

@@ -16,6 +16,7 @@ from qdiff.deploy.layers import IntegerAttention, IntegerLayer
 from qdiff.deploy.runtime import ChosenAtFirstCall, shown
 from qdiff.deploy.times import RuntimeTimings, signature, sizes_of
 from qdiff.families.base import Adapter
+from qdiff.nn.unowned import Unowned
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a run
 Shapes = tuple[tuple[int, ...], ...]  # of a module's arguments
@@ -143,11 +144,11 @@ class _Probe(nn.Module):
 
     def __init__(self, module: nn.Module, seen: Callable[[Shapes], None]) -> None:
         super().__init__()
-        self._module, self._seen = (module,), seen
+        self._module, self._seen = Unowned(module), seen
 
     def forward(self, *args: Tensor) -> Tensor:
         self._seen(tuple(tuple(x.shape) for x in args))
-        module, x = self._module[0], args[0]
+        module, x = self._module.module, args[0]
         if isinstance(module, IntegerAttention):
             return x.new_zeros(*x.shape[:-1], args[2].shape[-1])
         outputs, kernel = module.parts[0].shape[0], module.parts[0].shape[2:]
