@@ -18,7 +18,7 @@ from qdiff.calibration.resume import Record, put_state, state_of
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import MemoryLimits, Store
-from qdiff.families.base import Adapter, Segment
+from qdiff.nn.family import Adapter, Segment
 from qdiff.nn.layers import quant_layers
 from qdiff.recipes.recipe import Recipe
 from qdiff.utils.seeds import generator_of

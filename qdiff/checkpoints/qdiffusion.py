@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoints.native import require_calibrated
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.layers import QuantLayer, act_quantizers, quant_layers
-from qdiff.nn.surgery import insert_quantizers, softmax_spec
-from qdiff.recipes.recipe import QuantSpec, Recipe
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import QuantSpec, Recipe, softmax_spec
 from qdiff.utils.files import load_pickle, save_pickle
 
 PREFIX = "model."
