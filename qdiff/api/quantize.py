@@ -134,8 +134,10 @@ def quantize(
 
     Raises ValueError naming the option, the field of the recipe or the layer at fault.
 
-    >>> quantized = quantize(model, method="quick", weight_bits=4, act_bits=8, data=data)  # doctest: +SKIP
-    >>> quantized.save("w4a8.safetensors")  # doctest: +SKIP
+    ```python
+    quantized = qdiff.quantize(model, method="quick", weight_bits=4, act_bits=8, data=data)
+    quantized.save("w4a8.safetensors")
+    ```
     """
     settings = settings or CalibrationSettings()
     settings = replace(settings, progress=settings.progress or BarProgress())

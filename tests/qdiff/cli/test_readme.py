@@ -81,3 +81,15 @@ def _without(words, flags):
         else:
             kept.append(word)
     return kept
+
+
+def test_the_lines_of_python_run(folder, monkeypatch):
+    """Those of the README, on fewer states and images."""
+    monkeypatch.chdir(folder)
+    text = (REPOSITORY / "README.md").read_text(encoding="utf8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for given, small in (("64", "2"), ("steps=20", "steps=2"), ('"quick"', '"nearest", selector_steps=2'), ("16", "2")):
+        block = block.replace(given, small)
+    found = {}
+    exec(block, found)  # noqa: S102
+    assert found["images"].shape == (2, 3, 32, 32)
