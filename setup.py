@@ -50,6 +50,7 @@ setup(
         "onnx": ["onnx", "onnxruntime"],
         "diffusers": ["diffusers"],
         "tensorboard": ["tensorboard"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             "pytest",
             "pytest-xdist",

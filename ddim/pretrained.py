@@ -40,7 +40,7 @@ def load_config(path: str | os.PathLike) -> DictConfig:
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # the last for what is nested too deep
         raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: expected the sections {', '.join(REQUIRED)}, found no sections")

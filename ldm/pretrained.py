@@ -52,7 +52,7 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> DictC
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: expected a section `model`, found no sections")

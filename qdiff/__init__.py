@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qdiff.api.models import Model, load_model
-    from qdiff.api.quantize import CalibrationSettings, QuantizedModel, load, quantize
+    from qdiff.api.quantize import CalibrationSettings, QuantizedModel, load, load_original, quantize
     from qdiff.calibration.selectors import CalibrationSet
     from qdiff.calibration.stages import register_stage
     from qdiff.calibration.trajectories import Trajectories, load_trajectories
@@ -25,6 +25,7 @@ _PUBLIC = {
     "CalibrationSettings": "qdiff.api.quantize",
     "QuantizedModel": "qdiff.api.quantize",
     "load": "qdiff.api.quantize",
+    "load_original": "qdiff.api.quantize",
     "quantize": "qdiff.api.quantize",
     "CalibrationSet": "qdiff.calibration.selectors",
     "register_stage": "qdiff.calibration.stages",

@@ -43,9 +43,10 @@ def load_model(
 
     Raises FileNotFoundError, and ValueError naming the file and what is wrong with it.
 
-    >>> model = load_model("models/cifar10-ldm")
-    >>> model.kind, model.family
-    ('latent', 'ldm')
+    ```python
+    model = qdiff.load_model("models/cifar10-ldm")
+    images = model.sample(4, steps=20)
+    ```
     """
     source = open_model(path, config, weights, overrides)
     return Model(source, source.load(device))

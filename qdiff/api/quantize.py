@@ -21,8 +21,9 @@ from qdiff.calibration.selectors import CalibrationSet, select
 from qdiff.calibration.store import MemoryLimits
 from qdiff.calibration.trajectories import Trajectories, load_trajectories
 from qdiff.checkpoints.native import read_about, save_checkpoint
+from qdiff.checkpoints.qdiffusion import load_published, published_recipe
+from qdiff.deploy.runtime import has_onnx_runtime, prepare
 from qdiff.deploy.runtime import load as load_network
-from qdiff.deploy.runtime import prepare
 from qdiff.families import Adapter, adapter_for, adapter_of
 from qdiff.methods import MethodOptions, make_recipe, require_stages
 from qdiff.nn.layers import quant_layers
@@ -133,8 +134,10 @@ def quantize(
 
     Raises ValueError naming the option, the field of the recipe or the layer at fault.
 
-    >>> quantized = quantize(model, method="quick", weight_bits=4, act_bits=8, data=data)  # doctest: +SKIP
-    >>> quantized.save("w4a8.safetensors")  # doctest: +SKIP
+    ```python
+    quantized = qdiff.quantize(model, method="quick", weight_bits=4, act_bits=8, data=data)
+    quantized.save("w4a8.safetensors")
+    ```
     """
     settings = settings or CalibrationSettings()
     settings = replace(settings, progress=settings.progress or BarProgress())
@@ -229,6 +232,21 @@ class QuantizedModel(nn.Module):
             )
         save_checkpoint(path, self.network, self.adapter, self.recipe, self.timesteps, self.provenance)
 
+    def export_onnx(self, path: str | Path, dialect: str = "runtime", weight_type: str = "uint8") -> None:
+        """Write an ONNX graph of the model's own size, for ONNX Runtime on CPUs ("runtime"), or for any engine
+        ("portable"); weight_type: see `qdiff.deploy.onnx.weight_types`. Raises ValueError without the extra [onnx], for
+        a packed file's model without its float model, and naming what has no counterpart."""
+        if not has_onnx_runtime():
+            raise ValueError("export_onnx: needs ONNX, found none: pip install '.[onnx]'")
+        if self.model is None:
+            raise ValueError("model: a packed file does not say its sizes; give the float model when loading it")
+        from qdiff.deploy.onnx.export import export_onnx
+
+        source = self.model.source
+        labels = self.adapter.config_of(self.network).get("num_classes") is not None
+        context = source.context or (() if labels else None)
+        export_onnx(self.network, self.adapter, path, source.shape(), context, dialect, weight_type=weight_type)
+
     def prepare(self, runtime: str = "auto", **options: Any) -> QuantizedModel:
         """The same model, run as `runtime` has it: "simulate", "integer", "onnx" or "auto"; options: device, prefer,
         attention, report (`qdiff.deploy.runtime.prepare`). Raises ValueError for a runtime that is not to be had."""
@@ -247,6 +265,27 @@ class QuantizedModel(nn.Module):
         if model is None:
             raise ValueError("model: a packed file holds the network alone; give the float model that decodes images")
         return torch.cat([images for _, images in model.images(self.running, count, batch_size, **options)])
+
+
+def load_original(
+    path: str | Path,
+    model: Model,
+    *,
+    weight_bits: int = 8,
+    act_bits: int | None = None,
+    act_symmetric: bool = False,
+    softmax_bits: int = 8,
+    split: bool = False,
+) -> QuantizedModel:
+    """The quantized model of the Q-Diffusion repository's `ckpt.pth`, simulated.
+
+    The file does not say its bit widths and grids; a file of ours does, and what is given has to agree. act_bits None
+    leaves activations float. Raises FileNotFoundError, or ValueError naming what contradicts the file.
+    """
+    network = model.source.build()
+    recipe = published_recipe(weight_bits, act_bits, act_symmetric, softmax_bits, split, model.source.adapter, network)
+    network, found = load_published(path, network, model.source.adapter, recipe)
+    return QuantizedModel(network.to(model.device), model.source.adapter, found, {"source": Path(path).name}, model)
 
 
 def load(

@@ -16,7 +16,7 @@ from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.stages import STAGE_HANDLERS
 from qdiff.calibration.store import Store
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.layers import QuantLayer, quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import Recipe

@@ -18,7 +18,7 @@ from qdiff.calibration.resume import Record, put_state, state_of
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import MemoryLimits, Store
-from qdiff.families.base import Adapter, Segment
+from qdiff.nn.family import Adapter, Segment
 from qdiff.nn.layers import quant_layers
 from qdiff.recipes.recipe import Recipe
 from qdiff.utils.seeds import generator_of
@@ -103,6 +103,11 @@ class Calibration:
     rollouts: Rollouts | None = None  # float trajectories with their sampler, for stages over groups of steps
     unrounded_weights: dict[str, Tensor] = field(default_factory=dict)
     reports: list[UnitReport] = field(default_factory=list)
+
+    def unrounded_by_layer(self) -> dict[nn.Module, Tensor]:
+        """The unrounded weight of each layer that has one."""
+        layers = quant_layers(self.network)
+        return {layers[name]: weight for name, weight in self.unrounded_weights.items()}
 
     def units(self) -> list[str]:
         """The segments that hold quantized layers, in the order in which they learn."""

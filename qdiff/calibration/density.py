@@ -12,7 +12,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 
 SAME = 1e-12  # values are equal if they differ by no more than this share of the largest: rounding, not a difference
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.store import Column, Rows, Store, map_leaves, plain
-from qdiff.families.base import Adapter, Segment
+from qdiff.nn.family import Adapter, Segment
 
 
 class Frontier:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.store import Column, Store
 from qdiff.calibration.trajectories import CONDITIONING, Trajectories
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.step_table import StepTable
 
 

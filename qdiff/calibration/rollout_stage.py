@@ -126,12 +126,7 @@ class _Rolling:
     def _parameters(self, row: int | None) -> Groups:
         """The learned parameters; of quantizers with one set for all groups only where all groups learn together."""
         run = self.run
-        layers = {
-            layer: run.unrounded_weights[n]
-            for n, layer in quant_layers(run.network).items()
-            if n in run.unrounded_weights
-        }
-        groups = parameter_groups(run.network, self.stage, layers)
+        groups = parameter_groups(run.network, self.stage, run.unrounded_by_layer())
         if row is not None and run.network.step_table.count > 1:
             shared = {q.scale for q in act_quantizers(run.network).values() if q.steps.count == 1}
             groups["scale"] = [scale for scale in groups["scale"] if scale not in shared]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration import density
 from qdiff.calibration.trajectories import CONDITIONING, Trajectories
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import Recipe, StepGroups
 from qdiff.utils.seeds import generator_of

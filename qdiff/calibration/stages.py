@@ -170,14 +170,9 @@ class _Learner:
         """Learn one unit; its report as plain data, {} where it has nothing to learn."""
         run, stage = self.run, self.stage
         unit, attempt = run.segment(name), UndoableUnit(run, self.number, name, [name])
-        layers = {
-            layer: run.unrounded_weights[n]
-            for n, layer in quant_layers(run.network).items()
-            if n in run.unrounded_weights
-        }
         data = self._data(name)
         error_before = self._error(name, data)
-        groups = parameter_groups(unit.module, stage, layers)
+        groups = parameter_groups(unit.module, stage, run.unrounded_by_layer())
         if not groups:
             return {}
         task = UnitTask(

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qdiff.bounds import check_numbers, check_tables, check_types, check_values, header_of, no_larger_than
+from qdiff.checkpoints.bounds import check_numbers, check_tables, check_types, check_values, header_of, no_larger_than
 from qdiff.checkpoints.packing import check_packed, pack_codes, unpack_codes
 from qdiff.families import Adapter, adapter_for
 from qdiff.nn.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoints.native import require_calibrated
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantLayer, act_quantizers, quant_layers
-from qdiff.nn.surgery import insert_quantizers, softmax_spec
-from qdiff.recipes.recipe import QuantSpec, Recipe
-from qdiff.utils.files import load_pickle, save_pickle
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import QuantSpec, Recipe, softmax_spec
+from qdiff.utils.files import load_pickle, parse_json, save_pickle
 
 PREFIX = "model."
 RECIPE_KEY = "qdiff_recipe"
@@ -47,7 +47,7 @@ class Published:
         self._check_weights()
         try:
             about = getattr(content, "_metadata", {}).get("", {}).get(RECIPE_KEY)
-            self.recipe = None if about is None else Recipe.from_dict(json.loads(about))
+            self.recipe = None if about is None else Recipe.from_dict(parse_json(about))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the recipe it brings cannot be read: {error}") from error
 

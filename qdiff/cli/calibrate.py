@@ -28,8 +28,8 @@ from qdiff.cli.commandline import (
 from qdiff.cli.models.any_family import ChosenModel, add_model_flags, choose_model
 from qdiff.cli.quantize import CHECKPOINT_NAME, QuantizationPlan, calibrate_and_write, plan_quantization, read_inputs
 from qdiff.cli.runs.sampling import warn_of_start
+from qdiff.cli.team import start_team
 from qdiff.utils.devices import choose_device
-from qdiff.utils.fabric_team import start_team
 from qdiff.utils.files import sole_user
 from qdiff.utils.team import Team
 

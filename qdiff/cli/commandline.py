@@ -18,9 +18,8 @@ import yaml
 from qdiff.calibration.store import MemoryLimits
 from qdiff.deploy.runtime import PREFERENCES, RUNTIMES, check_runtime
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
-from qdiff.nn.surgery import softmax_spec
 from qdiff.recipes.overrides import apply_overrides
-from qdiff.recipes.recipe import COMPAT, Recipe
+from qdiff.recipes.recipe import COMPAT, Recipe, softmax_spec
 from qdiff.utils.files import find_shipped
 
 logger = logging.getLogger(__name__)

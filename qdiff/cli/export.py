@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddim.pretrained import sha256
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.checkpoints.qdiffusion import original_flags, save_published
 from qdiff.cli.commandline import (
@@ -36,6 +35,7 @@ from qdiff.evaluation.cost import float_bytes
 from qdiff.families import Adapter
 from qdiff.nn.layers import quant_layers
 from qdiff.recipes.recipe import Recipe
+from qdiff.utils.files import sha256
 
 ONNX_DIALECTS = {"onnx": "runtime", "onnx-portable": "portable", "onnx-portable-4bit": "portable-4bit"}
 SUFFIXES = {"packed": ".safetensors", **dict.fromkeys(ONNX_DIALECTS, ".onnx"), "qdiffusion": ".pth"}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ddim.files import atomic
 from qdiff.api.progress import BarProgress
 from qdiff.calibration.context import UnitReport
+from qdiff.utils.atomic import atomic
 
 LOG_NAME, PLOT_NAME = "calibration.jsonl", "calibration_loss.png"
 

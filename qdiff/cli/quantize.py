@@ -36,9 +36,9 @@ from qdiff.evaluation.report_runs import calibration_report
 from qdiff.families import Adapter
 from qdiff.methods import for_given_weights
 from qdiff.nn.layers import act_quantizers, quant_layers
-from qdiff.nn.surgery import insert_quantizers, softmax_spec
+from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.layer_names import matching
-from qdiff.recipes.recipe import Recipe
+from qdiff.recipes.recipe import Recipe, softmax_spec
 from qdiff.recipes.stages import Finetune
 from qdiff.utils.devices import describe_device
 from qdiff.utils.team import Team

@@ -22,12 +22,18 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddim.pretrained import load_weights
-from ldm.export import TEXT, exported_config, exported_state, scale_factor_of, text_folder
-from ldm.pretrained import load_config
-from ldm.util import instantiate_from_config
 from qdiff.cli.commandline import make_parser, print_plan, start_log, whole
 from qdiff.cli.training import LAST, make_trainer, quiet
+from qdiff.families.ldm.training import (
+    TEXT,
+    exported_config,
+    exported_state,
+    instantiate_from_config,
+    load_config,
+    load_weights,
+    scale_factor_of,
+    text_folder,
+)
 from qdiff.utils.files import load_pickle, save_safetensors, sole_user, write_text
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from ldm.seeds import derived_seed
 from qdiff.cli.progress import check_tensorboard
+from qdiff.families.ldm.training import derived_seed
 
 # What a configuration may say about the trainer; the rest are flags.
 TRAINER_OPTIONS = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 
 INCHES, DPI = (11.0, 5.0), 100  # 1100 pixels wide
 STYLES = ("-", "--", ":", "-.")

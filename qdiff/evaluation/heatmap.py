@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 
 DPI, ROW_INCHES, COLUMN_INCHES = 100, 0.2, 0.32
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.registry import DATASETS_REGISTRY
 
-from ddim.images import DAMAGED, UnfitImage, pixels_of
 from qdiff.evaluation.runs import SUFFIXES, image_files, images_folder
+from qdiff.utils.images import DAMAGED, UnfitImage, pixels_of
 
 LOSSY = (".jpg", ".jpeg")
 ARRAYS = ("arr_0", "images")  # the array of images in an .npz: ADM's name, and a readable one

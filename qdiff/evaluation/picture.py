@@ -8,7 +8,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 
 from .similarity import require_unit_range, to_uint8
 

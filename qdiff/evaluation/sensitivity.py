@@ -21,7 +21,7 @@ from qdiff.calibration.selectors import CalibrationSet, gather
 from qdiff.calibration.store import map_leaves, plain
 from qdiff.checkpoints.packing import packed_bytes
 from qdiff.evaluation.cost import cost_of
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.layers import quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import Recipe

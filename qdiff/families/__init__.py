@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from qdiff.families.base import Adapter
 from qdiff.families.ddim.adapter import DDIMAdapter
 from qdiff.families.ldm.adapter import LatentAdapter
+from qdiff.nn.family import Adapter
 
 ADAPTERS: dict[str, Adapter] = {"ddim": DDIMAdapter(), "ldm": LatentAdapter()}
 

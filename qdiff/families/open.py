@@ -63,5 +63,5 @@ def is_latent_config(path: str | Path) -> bool:
     """Whether a configuration is a latent model's; files that are none are left to the readers to complain about."""
     try:
         return "target" in yaml.safe_load(find_shipped(path).read_text(encoding="utf8"))["model"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         return False

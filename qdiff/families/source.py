@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ddim.noise import ImageNoise
 from ddim.samplers import run
-from qdiff.families.base import Adapter
 from qdiff.families.options import Entry, SamplingOptions
+from qdiff.nn.family import Adapter
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, H, W], t [N]) -> eps, guided where guidance is asked for
 

@@ -6,19 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.layers import QUANT_LAYERS, QuantAttention
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.layer_names import Roles
-from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
-
-
-def softmax_spec(recipe: Recipe) -> QuantSpec:
-    """The grid of softmax outputs: unsigned with zero point 0, or (B9, a fault of the original) the activations'."""
-    spec = recipe.softmax or replace(recipe.activations, kind="unsigned", axis="tensor")
-    if "symmetric_softmax" in recipe.compat:
-        return replace(spec, kind=recipe.activations.kind)
-    return spec
+from qdiff.recipes.recipe import Recipe, StepGroups, softmax_spec
 
 
 def insert_quantizers(

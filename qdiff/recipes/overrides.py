@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
-from qdiff.nn.surgery import softmax_spec
 from qdiff.recipes.plain_data import TAG, one_of, to_plain
-from qdiff.recipes.recipe import Recipe
+from qdiff.recipes.recipe import Recipe, softmax_spec
 from qdiff.recipes.stages import STAGES
 
 FLAG = "--set"

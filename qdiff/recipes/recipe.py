@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +224,11 @@ def _with_bits(spec: QuantSpec | None, bits: int | None, default: QuantSpec | No
     if bits is None or default is None:
         return spec
     return dataclasses.replace(default, bits=bits) if bits else None
+
+
+def softmax_spec(recipe: Recipe) -> QuantSpec:
+    """The grid of softmax outputs: unsigned with zero point 0, or (B9, a fault of the original) the activations'."""
+    spec = recipe.softmax or replace(recipe.activations, kind="unsigned", axis="tensor")
+    if "symmetric_softmax" in recipe.compat:
+        return replace(spec, kind=recipe.activations.kind)
+    return spec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import argparse
 import io
 import logging
 import os
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qdiff.utils.errors import FieldError
 from qdiff.utils.team import Team
 
 POLL = 0.25  # seconds between two looks at the other processes
@@ -30,21 +30,25 @@ GRACE = 5.0  # seconds that a process has to end by itself after another one has
 BY_HAND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # what Fabric needs where no launcher knows the machines
 
 
-def start_team(args: argparse.Namespace, device: torch.device) -> Team:
-    """The team that --devices and --num_nodes ask for, to be entered; alone with a --dry_run.
+def start_team(device: torch.device, devices: int = 1, num_nodes: int = 1) -> Team:
+    """A team of processes, `devices` on each of `num_nodes` machines, to be entered.
 
     device: the kind of device to work on. Under torchrun, Slurm and the like this process takes its place among those
-    that were started; otherwise it starts the others on this machine with its own command line. Raises ValueError
-    where the flags do not fit the devices or the launcher.
+    that were started; otherwise it starts the others on this machine with its own command line. Raises FieldError
+    where the numbers do not fit the devices or the launcher.
     """
-    asked = f"--devices {args.devices} --num_nodes {args.num_nodes}"
-    size = args.devices * args.num_nodes
+    size = devices * num_nodes
+
+    def wrong(reason: str) -> FieldError:
+        return FieldError("devices", f" {devices} {{}} {num_nodes}: {reason}", "num_nodes")
+
     if (started := int(os.environ.get("WORLD_SIZE", 1))) not in (1, size) and dist.is_torchelastic_launched():
-        raise ValueError(f"{asked}: expected {started} processes in all, as many as torchrun has started")
-    if size == 1 or args.dry_run:
+        raise wrong(f"expected {started} processes in all, as many as torchrun has started")
+    if size == 1:
         return Team()
     if device.index is not None:
-        raise ValueError(f"--device {device}: names one device, {asked} ask for {size}")
+        named = f" {device}: names one device, {{}} {devices} on {num_nodes} machines ask for {size}"
+        raise FieldError("device", named, "devices")
     with without_torchmetrics():  # still takes a second to import
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment
@@ -53,16 +57,16 @@ def start_team(args: argparse.Namespace, device: torch.device) -> Team:
     for name in ("lightning_fabric", "pytorch_lightning"):  # they announce what the user has asked for
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        fabric = Fabric(accelerator=device.type, devices=args.devices, num_nodes=args.num_nodes, strategy="ddp")
+        fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
         by_hand = isinstance(fabric.strategy.cluster_environment, LightningEnvironment)
-        if args.num_nodes > 1 and by_hand and not set(BY_HAND) <= os.environ.keys():
+        if num_nodes > 1 and by_hand and not set(BY_HAND) <= os.environ.keys():
             raise ValueError(f"start it by torchrun or srun, or set {', '.join(BY_HAND)} on each machine")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack traces from processes that lose one another
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(f"{asked}: {str(error).splitlines()[0]}") from error
+        raise wrong(str(error).splitlines()[0]) from error
     if fabric.world_size != size:
-        raise ValueError(f"{asked}: expected {size} processes, the launcher has started {fabric.world_size}")
+        raise wrong(f"expected {size} processes, the launcher has started {fabric.world_size}")
     return FabricTeam(fabric)
 
 

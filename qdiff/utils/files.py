@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -20,10 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 from qdiff.utils.pickles import Unfit, check_tensors, check_unread, foreign
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def sha256(path: str | Path, block: int = 1 << 20) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(block):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def has_bundled_models() -> bool:

@@ -229,3 +229,8 @@ def test_weights_are_copied_into_the_parameters_that_exist(network, case_state):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_configuration_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.yml").write_text("[" * 20_000)
+    fails(ValueError, lambda: load_config(tmp_path / "deep.yml"), "deep.yml", "not valid YAML")

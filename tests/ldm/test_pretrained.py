@@ -365,3 +365,8 @@ def test_finding_the_configuration_of_a_checkpoint(tmp_path):
     assert find_config(inner) == find_config(outer) == tmp_path / "config.yaml"
     (tmp_path / "checkpoints" / "config.yaml").touch()
     assert find_config(inner) == tmp_path / "checkpoints" / "config.yaml"
+
+
+def test_a_configuration_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.yaml").write_text("model: " + "[" * 20_000)
+    fails(ValueError, lambda: load_config(tmp_path / "deep.yaml"), "deep.yaml", "not valid YAML")

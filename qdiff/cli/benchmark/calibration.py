@@ -202,9 +202,8 @@ class Bench:
     def _time_loop(self, loop: Callable, stage: Reconstruct, name: str, data: UnitData) -> tuple[float, float] | None:
         """(seconds up to the end of the warm-up, milliseconds an iteration after it); None: nothing to learn."""
         unit, count = self.run.segment(name).module, math.ceil(self.args.iters / ROUNDS)
-        layers = {layer: self.run.unrounded_weights[n] for n, layer in quant_layers(self.run.network).items()}
         started, times = time.perf_counter(), []
-        groups = parameter_groups(unit, stage, layers)
+        groups = parameter_groups(unit, stage, self.run.unrounded_by_layer())
         if not groups:
             return None
 

@@ -14,14 +14,20 @@ from pathlib import Path
 
 import torch
 
-from ldm.models.diffusion.models import LatentDiffusion
-from ldm.pretrained import find_checkpoint, find_config, load_config, load_model, without_lightning
-from ldm.util import instantiate_from_config
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.cli.commandline import add_run_flags, whole
 from qdiff.families import adapter_for
+from qdiff.families.ldm.training import (
+    LatentDiffusion,
+    find_checkpoint,
+    find_config,
+    instantiate_from_config,
+    load_config,
+    load_model,
+    without_lightning,
+)
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.utils.files import save_safetensors
 

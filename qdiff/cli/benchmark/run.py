@@ -22,8 +22,9 @@ from qdiff.cli.benchmark.subject import Subject, load_subject
 from qdiff.cli.benchmark.timing import in_turn
 from qdiff.cli.commandline import add_run_flags, bits_label, whole
 from qdiff.cli.models.network_only import add_named_model_flags, named_model
+from qdiff.deploy.deferred import weight_bytes
 from qdiff.deploy.layers import ATTENTION_POLICIES
-from qdiff.deploy.runtime import PREFERENCES, load, weight_bytes
+from qdiff.deploy.runtime import PREFERENCES, load
 from qdiff.evaluation.cost import float_bytes
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.recipe import Recipe

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddim.pretrained import load_state, load_weights
 from qdiff.checkpoints.qdiffusion import load_published, published_recipe
 from qdiff.cli.commandline import make_parser, number
 from qdiff.families import ADAPTERS, Adapter, adapter_for
+from qdiff.families.ddim.source import load_state, load_weights
 from qdiff.nn.layers import to_double
 from qdiff.utils.files import parse_json
 

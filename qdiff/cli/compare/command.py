@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddim.files import remove_leftovers
 from qdiff.cli.commandline import (
     add_run_flags,
     add_team_flags,
@@ -32,9 +31,10 @@ from qdiff.cli.compare.plan import DEFAULT_METHODS, FLOAT, LATENT_BATCH, Compari
 from qdiff.cli.compare.report import write_report
 from qdiff.cli.models.any_family import add_model_flags, choose_model
 from qdiff.cli.runs.sampling import warn_of_start
+from qdiff.cli.team import start_team
 from qdiff.methods import METHODS
+from qdiff.utils.atomic import remove_leftovers
 from qdiff.utils.devices import choose_device
-from qdiff.utils.fabric_team import start_team
 from qdiff.utils.files import sole_user
 
 logger = logging.getLogger(__name__)

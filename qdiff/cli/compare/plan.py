@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 
-from ddim.pretrained import sha256
 from qdiff.api.quantize import needs_rollouts
 from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.resume import differences
@@ -27,7 +26,7 @@ from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.overrides import FLAG, apply_overrides
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import Rollout
-from qdiff.utils.files import parse_yaml, read_json, write_text
+from qdiff.utils.files import parse_yaml, read_json, sha256, write_text
 
 FLOAT, PLAN_NAME, RESULT_NAME = "float", "comparison.yaml", "result.json"
 DEFAULT_METHODS = ["nearest", "gptq", "quick"]

@@ -13,11 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ddim.linear import LinearPath
-from ddim.samplers import Call, run
 from qdiff.api.sampling import sample_batches
 from qdiff.cli.compare.plan import FLOAT, Comparison
 from qdiff.cli.models.any_family import LoadedModel
+from qdiff.families.diffusion import Call, LinearPath, run
 from qdiff.utils.files import parse_json, save_safetensors
 from qdiff.utils.team import Team
 

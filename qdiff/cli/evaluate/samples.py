@@ -13,9 +13,6 @@ import yaml
 from torch import Tensor, nn
 
 import qdiff
-from ddim.files import remove_leftovers
-from ddim.images import save_png
-from ddim.samplers import run
 from qdiff.api.sampling import batches, sample_batches
 from qdiff.calibration.resume import differences
 from qdiff.checkpoints.native import read_about
@@ -23,7 +20,10 @@ from qdiff.cli.commandline import check_runtime_flags
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, choose_model
 from qdiff.cli.runs.sampling import CONFIG_NAME, describe_runtime, missing_batches, warn_of_start
 from qdiff.evaluation.images import file_digest
+from qdiff.families.diffusion import run
+from qdiff.utils.atomic import remove_leftovers
 from qdiff.utils.files import sole_user, write_text
+from qdiff.utils.images import save_png
 
 IMAGES, FLOAT_IMAGES = "images", "float"  # folders below the output folder
 BATCH = 16  # where the configuration has none

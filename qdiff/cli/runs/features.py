@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from ddim.files import atomic
 from qdiff.evaluation.extractors import CIFAR10, CIFAR10_LAYER, INCEPTION, POOLED, Extractor, found_weights
 from qdiff.evaluation.features import IMAGE_SHAPE
 from qdiff.evaluation.fidelity import Statistics, frechet_distance, load_train_statistics
 from qdiff.evaluation.table import FD_NAME
+from qdiff.utils.atomic import atomic
 
 NETWORKS = {"cifar10": (CIFAR10, CIFAR10_LAYER), "inception": (INCEPTION, POOLED)}
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddim.images import save_png
 from qdiff.cli.runs.sampling import missing_batches
 from qdiff.evaluation.runs import IMAGES_IN, STATISTICS_NAME
 from qdiff.utils.files import save_safetensors
+from qdiff.utils.images import save_png
 from qdiff.utils.team import Team
 
 if TYPE_CHECKING:

@@ -14,8 +14,6 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ddim.files import remove_leftovers
-from ddim.schedules import cumulative_alphas
 from qdiff.api.sampling import ALONE
 from qdiff.calibration.resume import differences
 from qdiff.cli.commandline import new_folder
@@ -23,6 +21,8 @@ from qdiff.cli.quantize import RECORD_NAME
 from qdiff.deploy.runtime import prepare
 from qdiff.evaluation.runs import CONFIG_NAME
 from qdiff.families import Adapter
+from qdiff.families.diffusion import cumulative_alphas
+from qdiff.utils.atomic import remove_leftovers
 from qdiff.utils.files import sole_user, write_text
 from qdiff.utils.team import Team
 

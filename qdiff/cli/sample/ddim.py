@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddim.images import save_png
 from qdiff.cli.commandline import (
     add_quantization_flags,
     add_run_flags,
@@ -28,9 +27,10 @@ from qdiff.cli.models.pixel import add_model_flags, add_sampling_flags, chosen_p
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute, write_images
+from qdiff.cli.team import start_team
 from qdiff.families.source import FloatModel
 from qdiff.utils.devices import choose_device
-from qdiff.utils.fabric_team import start_team
+from qdiff.utils.images import save_png
 from qdiff.utils.team import Team
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from ddim.files import atomic
-from ddim.images import load_png
 from qdiff.cli.commandline import (
     add_quantization_flags,
     add_run_flags,
@@ -34,13 +32,15 @@ from qdiff.cli.models.conditioning import class_labels
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute
+from qdiff.cli.team import start_team
 from qdiff.families.ldm.conditioning import is_conditional, number_of_classes
 from qdiff.families.ldm.source import colours, downsampling
 from qdiff.families.open import latent_model
 from qdiff.families.options import SamplingOptions
+from qdiff.utils.atomic import atomic
 from qdiff.utils.devices import choose_device
 from qdiff.utils.errors import flags_named
-from qdiff.utils.fabric_team import start_team
+from qdiff.utils.images import load_png
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

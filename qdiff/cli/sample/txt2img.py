@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from ddim.images import load_png, save_png
-from ldm.pretrained import find_checkpoint
 from qdiff.cli.commandline import (
     add_quantization_flags,
     add_run_flags,
@@ -32,13 +30,14 @@ from qdiff.cli.models.any_family import FLAGS
 from qdiff.cli.models.conditioning import read_prompts
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.runs.run import RunPlan, execute
+from qdiff.cli.team import start_team
 from qdiff.families.ldm.conditioning import check_prompt
-from qdiff.families.ldm.source import LatentSource, downsampling
+from qdiff.families.ldm.source import LatentSource, downsampling, find_checkpoint
 from qdiff.families.open import latent_model
 from qdiff.families.options import SamplingOptions
 from qdiff.utils.devices import choose_device
 from qdiff.utils.errors import flags_named
-from qdiff.utils.fabric_team import start_team
+from qdiff.utils.images import load_png, save_png
 
 CONFIG = Path("configs/stable-diffusion/v1-inference.yaml")
 CKPT = Path("models/ldm/stable-diffusion-v1/model.ckpt")

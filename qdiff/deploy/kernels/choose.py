@@ -11,11 +11,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from qdiff.deploy.deferred import ChosenAtFirstCall, shown
 from qdiff.deploy.kernels.convert import RUNS_FLOAT, RUNS_INTEGER, check_triton, shared_grid, to_kernels
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.deploy.runtime import ChosenAtFirstCall, shown
 from qdiff.deploy.times import RuntimeTimings, signature, sizes_of
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 from qdiff.nn.unowned import Unowned
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a run

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.deploy.layers import IntegerAttention, IntegerLayer
-from qdiff.families.base import Adapter
+from qdiff.nn.family import Adapter
 
 if TYPE_CHECKING:
     from qdiff.deploy.kernels.layers import KernelGrid
-    from qdiff.families.feeds import NormFeed
+    from qdiff.nn.feeds import NormFeed
 
 RUNS_FLOAT, RUNS_INTEGER = "float", "integer"
 

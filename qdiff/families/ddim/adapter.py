@@ -10,13 +10,13 @@ from ddim.attention import DotProductAttention
 from ddim.chain import Segment, State
 from ddim.layers import AttnBlock, ResnetBlock
 from ddim.network import DDPMUNet
-from qdiff.families.base import roles_of
-from qdiff.families.feeds import NormFeed
+from qdiff.nn.family import roles_of
+from qdiff.nn.feeds import NormFeed
 from qdiff.recipes.layer_names import Roles
 
 
 class DDIMAdapter:
-    """See `qdiff.families.base.Adapter`."""
+    """See `qdiff.nn.family.Adapter`."""
 
     family, network_class = "ddim", DDPMUNet
 

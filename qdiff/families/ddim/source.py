@@ -17,13 +17,13 @@ from ddim.pretrained import (
     load_pretrained,
     load_state,
     load_weights,
-    sha256,
 )
 from ddim.samplers import SAMPLERS, Sampler, make_sampler, to_images
 from qdiff.families.ddim.adapter import DDIMAdapter
 from qdiff.families.options import SamplingOptions
 from qdiff.families.source import Predict, Sampling, starting_noise
 from qdiff.utils.errors import FieldError
+from qdiff.utils.files import sha256
 
 PICTURE_CHANNELS = (1, 3)
 NO_WEIGHTS = "no float weights: expected a file of weights, or that those of the configuration are asked for"

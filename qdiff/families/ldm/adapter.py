@@ -12,8 +12,8 @@ from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransform
 from ldm.modules.diffusionmodules.blocks import AttentionBlock, ResBlock
 from ldm.modules.diffusionmodules.chain import LatentState, Segment
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from qdiff.families.base import roles_of
-from qdiff.families.feeds import NormFeed
+from qdiff.nn.family import roles_of
+from qdiff.nn.feeds import NormFeed
 from qdiff.recipes.layer_names import Roles
 
 # Options that change how a network is trained, not what it computes.
@@ -21,7 +21,7 @@ WITHOUT_EFFECT = ("image_size", "dropout", "use_checkpoint", "use_fp16", "legacy
 
 
 class LatentAdapter:
-    """See `qdiff.families.base.Adapter`."""
+    """See `qdiff.nn.family.Adapter`."""
 
     family, network_class = "ldm", UNetModel
 

@@ -10,10 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ddim.pretrained import sha256
 from ddim.samplers import Sampler, to_images
 from ldm.pipeline import Conditioning, Pipeline
-from ldm.pretrained import build_network, load_model
+from ldm.pretrained import build_network, find_checkpoint, load_model
 from ldm.samplers import guided, make_sampler, sampler_timesteps
 from ldm.schedules import betas_of
 from qdiff.families.ldm.adapter import LatentAdapter
@@ -21,11 +20,13 @@ from qdiff.families.ldm.conditioning import Conditioner, asked_for, context_shap
 from qdiff.families.options import SamplingOptions
 from qdiff.families.source import Predict, Sampling, starting_noise
 from qdiff.utils.errors import FieldError
+from qdiff.utils.files import sha256
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.models import LatentDiffusion
 
 NO_WEIGHTS = "no float weights: expected a checkpoint"
+__all__ = ["LatentModel", "LatentSource", "colours", "downsampling", "find_checkpoint", "latent_shape", "make_pipeline"]
 
 
 def downsampling(config: DictConfig) -> int:

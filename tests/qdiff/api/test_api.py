@@ -2,14 +2,13 @@
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from latents import pixels, write_model
+from running import call, only_run, passed
 
 import qdiff
-from ddim.pretrained import build_network, load_config
 from qdiff.calibration.context import Progress
 from qdiff.calibration.stages import STAGE_HANDLERS
 from qdiff.methods import METHODS
@@ -18,24 +17,9 @@ from qdiff.recipes.recipe import Selector
 from qdiff.recipes.stages import STAGES, ActivationRanges, RangeSpec, WeightRanges
 from qdiff.utils.errors import FieldError
 
-sys.path.append(str(Path(__file__).parents[1] / "cli"))  # of latents and running
-
-from conftest import CONFIG  # noqa: E402
-from latents import pixels, write_model  # noqa: E402
-from running import call, only_run, passed  # noqa: E402
-
 NEAREST = {"method": "nearest", "weight_bits": 4, "act_bits": 8, "selector_steps": 2, "per_step": 2}
 FEW = Selector(steps=2, per_step=2)
 QUIET = qdiff.CalibrationSettings(progress=Progress())
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pixel")
-    path = folder / "tiny.yml"
-    path.write_text(CONFIG)
-    save_file(build_network(load_config(path), seed=3).state_dict(), folder / "tiny.safetensors")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_a_calibration_leaves_a_network_that_is_ready_to_run(run):
     for layer in quant_layers(network).values():
         assert layer.frozen and layer.rounding is None
         parts = zip(layer.slices, layer.weight_quantizers, strict=True)
-        folded = torch.cat([q.values(layer.codes[:, part]) for part, q in parts], 1)
+        folded = torch.cat([q.grid.values(layer.codes[:, part]) for part, q in parts], 1)
         assert torch.equal(layer.weight, folded)
     for quantizer in act_quantizers(network).values():
         assert quantizer.enabled and quantizer.observer is None and quantizer.drop is None

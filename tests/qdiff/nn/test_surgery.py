@@ -7,8 +7,8 @@ from torch import nn
 from ddim.attention import DotProductAttention
 from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantAttention, act_quantizers, quant_layers
-from qdiff.nn.surgery import insert_quantizers, softmax_spec
-from qdiff.recipes.recipe import COMPAT, QuantSpec, Recipe, Rule, StepGroups
+from qdiff.nn.surgery import insert_quantizers
+from qdiff.recipes.recipe import COMPAT, QuantSpec, Recipe, Rule, StepGroups, softmax_spec
 
 W4, A8S = QuantSpec(4, "affine", "out_channel"), QuantSpec(8, "signed")
 W4A8 = Recipe("w4a8", W4, A8S, split_shortcuts=True)

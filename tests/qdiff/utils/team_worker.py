@@ -13,11 +13,11 @@ from ddim.network import DDPMUNet
 from qdiff.calibration.calibrate import Progress, RunOptions, calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.cli.commandline import add_team_flags, make_parser, run_main
+from qdiff.cli.team import start_team
 from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.nn.layers import quant_layers
 from qdiff.recipes.stages import Loss, Reconstruct
-from qdiff.utils.fabric_team import start_team
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 TIMESTEPS = torch.arange(950, 0, -100)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdiff.utils.fabric_team import start_team, without_torchmetrics
+from qdiff.cli.team import start_team
+from qdiff.utils.fabric_team import without_torchmetrics
 from qdiff.utils.team import Team
 
 WORKER = Path(__file__).with_name("team_worker.py")
@@ -151,7 +152,7 @@ def test_one_process_is_alone(monkeypatch):
 
 
 def test_flags_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="--device cuda:1: names one device, --devices 2 --num_nodes 1 ask for 2"):
+    with pytest.raises(ValueError, match="--device cuda:1: names one device, --devices 2 on 1 machines ask for 2"):
         start_team(flags(devices=2), torch.device("cuda:1"))
     with pytest.raises(ValueError, match="--num_nodes 2: start it by torchrun or srun, or set MASTER_ADDR"):
         start_team(flags(num_nodes=2), CPU)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qdiff.bounds import no_larger_than
+from qdiff.checkpoints.bounds import no_larger_than
 from qdiff.checkpoints.native import load_checkpoint, read_about, save_checkpoint
 from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
 from qdiff.recipes.stages import ActivationRanges, RangeSpec, WeightRanges

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim.images import UnfitImage, load_png, pixels_of
+from qdiff.utils.images import UnfitImage, load_png, pixels_of
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from ddim.files import atomic, remove_leftovers
+from qdiff.utils.atomic import atomic, remove_leftovers
 
 KILLED = """
 import os, signal, sys
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 with atomic(sys.argv[1]) as one, atomic(sys.argv[2]) as other:
     one.write_text("half")
     other.write_text("half")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from qdiff.families.feeds import NormFeed
+from qdiff.nn.feeds import NormFeed
 from qdiff.recipes.layer_names import Roles
 
 

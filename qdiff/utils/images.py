@@ -7,7 +7,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ddim.files import atomic
+from qdiff.utils.atomic import atomic
 
 EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")  # modes of Pillow that its own conversion reads rightly
 WITH_ALPHA = ("LA", "PA", "RGBA")

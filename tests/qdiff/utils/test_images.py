@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim.images import load_png, save_png
+from qdiff.utils.images import load_png, save_png
 
 
 @pytest.mark.parametrize("channels", [1, 3])
