@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from ddim.layouts import find_state, require_float_names
+from ddim.layouts import find_state, plain_names, require_float_names
+from ddim.pickles import Unfit, check_held, check_unread, is_plain
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -64,15 +65,26 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-def require_float(name: str, value: Tensor, path: object) -> None:
-    """Raise ValueError naming the file and the tensor where a float parameter's value is of integers, or not finite."""
-    if not value.is_floating_point():
+# Types of weights. Others that PyTorch calls floating point are scales (float8_e8m0fnu) or packed (float4_e2m1fn_x2).
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+NARROW = (torch.float16, torch.bfloat16, *FLOAT8)
+FLOATS = (torch.float32, torch.float64, *NARROW)
+
+
+def require_float(name: str, value: Tensor, path: object, dtype: torch.dtype = torch.float32) -> None:
+    """Raise ValueError naming the file and the tensor where a float parameter's value is of integers, or not finite.
+
+    dtype: of the parameter, in which it must be finite too.
+    """
+    if value.dtype not in FLOATS:
         raise ValueError(f"{path}: {name}: expected floating-point numbers, found {str(value.dtype)[6:]}")
-    if value.element_size() == 1:
+    if value.dtype in FLOAT8:
         value = value.float()  # float8 has few operators
-    if value.numel() and not all(end.isfinite() for end in value.aminmax()):  # which takes no memory
-        count = int((~value.isfinite()).sum())
-        raise ValueError(f"{path}: {name}: expected finite numbers, found {count} of {value.numel()} NaN or infinite")
+    if value.numel() and not all(end.to(dtype).isfinite() for end in value.aminmax()):  # which takes no memory
+        wrong = int((~value.isfinite()).sum())
+        what = "NaN or infinite" if wrong else f"beyond {str(dtype)[6:]}"
+        count = wrong or int((~value.to(dtype).isfinite()).sum())
+        raise ValueError(f"{path}: {name}: expected finite numbers, found {count} of {value.numel()} {what}")
 
 
 class _SafetensorsFile(Checkpoint):
@@ -82,17 +94,20 @@ class _SafetensorsFile(Checkpoint):
             self._file = safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable checkpoint: {one_line(error)}") from None
-        self._names = dict.fromkeys(self._file.keys())
+        self._names = plain_names(self._file.keys(), path)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(self._names[name])
+        except SafetensorError as error:  # a type that PyTorch does not have
+            raise ValueError(f"{self.path}: {name}: not a readable tensor: {one_line(error)}") from None
 
     def shape(self, name: str) -> torch.Size:
         if name not in self._names:
             raise KeyError(name)
-        return torch.Size(self._file.get_slice(name).get_shape())
+        return torch.Size(self._file.get_slice(self._names[name]).get_shape())
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._names
@@ -111,6 +126,10 @@ class _PickledFile(Checkpoint):
     def __init__(self, path: Path):
         super().__init__(path)
         self._state = find_state(_unpickle(path), path)
+        try:
+            check_held(self._state.values(), path)
+        except Unfit as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
@@ -129,6 +148,12 @@ def _unpickle(path: Path) -> object:
     # Files older than torch 1.6 (the published DDPM weights among them) are no zip archives and cannot be mapped.
     mmap = zipfile.is_zipfile(path)
     allowed = {}
+    try:
+        check_unread(path, _is_known)
+    except Unfit as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+    except Exception:  # what damaged bytes make of it, PyTorch's reader says below
+        pass
     while True:
         try:
             with safe_globals([(stand_in, name) for name, stand_in in allowed.items()]), warnings.catch_warnings():
@@ -138,8 +163,7 @@ def _unpickle(path: Path) -> object:
             name = _refused(error)
             stand_in = _stand_in(name) if name else None
             if stand_in is None or name in allowed:
-                damaged = "truncated or not a PyTorch file"
-                reason = f"it holds an object of class {name}, expected tensors only" if name else damaged
+                reason = _foreign(name) if name else "truncated or not a PyTorch file"
                 raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
             allowed[name] = stand_in
 
@@ -189,6 +213,22 @@ _STAND_INS = {
     r"numpy\.dtype": _NumpyType,
     r"numpy\.dtypes\.\w+DType": _Inert,
 }
+
+
+def _is_known(name: str) -> bool:
+    """Whether a name in a pickle, "module name", is one of PyTorch's, whose reader has a list of them, or has a
+    stand-in. Not `bytearray`, which PyTorch's reader would make of any size. Raises Unfit for others."""
+    dotted = name.replace(" ", ".")
+    if is_plain(name) or dotted.startswith("torch.") or dotted in _BUILTIN or _stand_in(dotted) is not None:
+        return True
+    raise Unfit(_foreign(dotted))
+
+
+def _foreign(name: str) -> str:
+    return f"it holds an object of class {name}, expected tensors only"
+
+
+_BUILTIN = ("__builtin__.set", "__builtin__.complex", "builtins.complex")
 
 
 def _stand_in(name: str):

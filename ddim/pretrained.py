@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ddim.checkpoints import first_names, one_line, open_checkpoint, require_float
+from ddim.checkpoints import NARROW, first_names, one_line, open_checkpoint, require_float
 from ddim.network import DDPMUNet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -116,28 +116,27 @@ def _find_published(name: str) -> Path:
     return path
 
 
-def load_pretrained(config: DictConfig, dtype: torch.dtype = torch.float32) -> tuple[DDPMUNet, Path]:
+def load_pretrained(
+    config: DictConfig, dtype: torch.dtype = torch.float32, path: str | os.PathLike | None = None
+) -> tuple[DDPMUNet, Path]:
     """The network of a configuration with its pretrained weights, in evaluation mode, and the file they came from.
 
+    path: of other weights. Memory is taken once the file is known to fit.
     Raises what `find_pretrained`, `load_state` and `load_weights` raise.
     """
-    path = find_pretrained(config)
+    path = find_pretrained(config) if path is None else Path(path)
     state = load_state(path)
     with torch.device("meta"):  # every weight comes from the file
-        network = build_network(config)
-    network = network.to(dtype).to_empty(device="cpu")
-    load_weights(network, state, path)
+        network = build_network(config).to(dtype)
+    _check_fit(network, state, path)
+    load_weights(network.to_empty(device="cpu"), state, path)
     return network, path
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name. Half precision becomes float32. Raises what `open_checkpoint` raises."""
     with open_checkpoint(path) as checkpoint:
-        return {name: value.float() if _is_narrow(value) else value for name, value in checkpoint.items()}
-
-
-def _is_narrow(value: Tensor) -> bool:
-    return value.is_floating_point() and value.element_size() < 4
+        return {name: value.float() if value.dtype in NARROW else value for name, value in checkpoint.items()}
 
 
 def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -145,6 +144,15 @@ def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str |
 
     Raises ValueError naming `path` and what does not fit, or a tensor of integers or of numbers that are not finite.
     """
+    _check_fit(network, state, path)
+    for name, target in network.state_dict().items():
+        if target.is_floating_point():
+            require_float(name, state[name], path, target.dtype)
+    network.load_state_dict(state)
+
+
+def _check_fit(network: torch.nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Raise ValueError naming `path` and names or shapes that are not the network's, which may be on any device."""
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in state],
@@ -158,10 +166,6 @@ def load_weights(network: torch.nn.Module, state: dict[str, Tensor], path: str |
     found = [f"{len(names)} {kind}: {first_names(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{path} does not fit the network: {'; '.join(found)}")
-    for name, value in state.items():
-        if expected[name].is_floating_point():
-            require_float(name, value, path)
-    network.load_state_dict(state)
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -33,7 +33,7 @@ def load_into(
         for name, source_name in found.items():
             value = source[source_name]
             if isinstance(targets[name], nn.Parameter):  # a buffer may hold a mask of -inf
-                require_float(source_name, value, path)
+                require_float(source_name, value, path, targets[name].dtype)
             targets[name].copy_(value)
     return set(found.values())
 

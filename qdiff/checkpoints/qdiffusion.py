@@ -52,10 +52,14 @@ class Published:
             raise ValueError(f"{path}: the recipe it brings cannot be read: {error}") from error
 
     def _check_numbers(self) -> None:
-        """Raise ValueError naming a tensor with numbers that are not finite, or a scale that is not positive."""
+        """Raise ValueError naming a tensor with numbers that are not finite or no floating-point numbers, or a scale
+        that is not positive. Zero points may be integers."""
         for key, value in self.state.items():
-            if not value.is_floating_point() or value.numel() == 0:
+            if value.numel() == 0 or (not value.is_floating_point() and key.endswith(".zero_point")):
                 continue
+            if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                found = str(value.dtype).removeprefix("torch.")
+                raise ValueError(f"{self.path}: {key}: expected floating-point numbers, found {found}")
             low, high = value.aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(

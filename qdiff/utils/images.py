@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qdiff.utils.atomic import atomic
 
+PICTURE_CHANNELS = (1, 3)
+PICTURE_CHANNELS_SAID = "1 (grey) or 3 (RGB), which pictures can be made of"
 EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")  # modes of Pillow that its own conversion reads rightly
 WITH_ALPHA = ("LA", "PA", "RGBA")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -24,7 +26,7 @@ def save_png(image: Tensor, path: str | os.PathLike) -> None:
 
     Raises ValueError for another shape.
     """
-    if image.dim() != 3 or image.shape[0] not in (1, 3):
+    if image.dim() != 3 or image.shape[0] not in PICTURE_CHANNELS:
         raise ValueError(f"{path}: expected an image of shape [1 or 3, H, W], found {list(image.shape)}")
     pixels = image.detach().float().mul(255).add(0.5).clamp(0, 255).to("cpu", torch.uint8)
     pixels = pixels.permute(1, 2, 0).squeeze(-1).numpy()  # [H, W, 3], or [H, W] in grey

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from ddim.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -15,8 +16,6 @@ from ddim.pretrained import (
     find_pretrained,
     load_config,
     load_pretrained,
-    load_state,
-    load_weights,
 )
 from ddim.samplers import SAMPLERS, Sampler, make_sampler, to_images
 from qdiff.families.ddim.adapter import DDIMAdapter
@@ -25,7 +24,6 @@ from qdiff.families.source import Predict, Sampling, starting_noise
 from qdiff.utils.errors import FieldError
 from qdiff.utils.files import sha256
 
-PICTURE_CHANNELS = (1, 3)
 NO_WEIGHTS = "no float weights: expected a file of weights, or that those of the configuration are asked for"
 OF_LATENT_MODELS = ("scale", "height", "width", "prompts", "labels", "no_label")
 
@@ -69,8 +67,8 @@ def read_config(path: Path) -> DictConfig:
         names = "data.channels, model.in_channels, model.out_ch"
         raise ValueError(f"{path}: {names}: expected the same number, found {found}")
     if plain["data"]["channels"] not in PICTURE_CHANNELS:
-        expected = "1 (grey) or 3 (RGB), which pictures can be made of"
-        raise ValueError(f"{path}: data.channels: expected {expected}, found {plain['data']['channels']}")
+        found = plain["data"]["channels"]
+        raise ValueError(f"{path}: data.channels: expected {PICTURE_CHANNELS_SAID}, found {found}")
     if not isinstance(plain.get("pretrained", ""), str | None):
         raise ValueError(f"{path}: pretrained: expected a name or a path, found {plain['pretrained']!r}")
     try:
@@ -144,12 +142,7 @@ class PixelSource:
         return PixelModel(made, {"source": path.name, "source_sha256": sha256(path)}).to(device)
 
     def _read(self) -> tuple[nn.Module, Path]:
-        if self._weights is None:
-            self.weights()
-            return load_pretrained(self._config)
-        network = build_network(self._config)
-        load_weights(network, load_state(self._weights), self._weights)
-        return network, self._weights
+        return load_pretrained(self._config, path=self.weights())
 
 
 class PixelModel:

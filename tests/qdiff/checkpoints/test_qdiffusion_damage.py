@@ -85,11 +85,15 @@ def write_with(**changes):
         (write_with(model__conv_in__act_quantizer__delta=torch.ones(7)), "conv_in"),
         (write_with(model__conv_in__act_quantizer__delta=torch.zeros(())), "conv_in.*expected scales above 0, found 0"),
         (write_with(model__norm_out__bias=torch.full((32,), torch.nan)), "norm_out.bias: expected finite numbers"),
+        (
+            write_with(model__conv_in__weight=torch.ones(32, 3, 3, 3, dtype=torch.int8)),
+            "conv_in.weight: expected floating-point numbers, found int8",
+        ),
     ],
     ids=[
         "truncated", "foreign-object", "function", "float", "list", "empty", "safetensors", "no-weight", "no-norm",
         "no-bias", "no-alpha", "no-zero-point", "no-act-delta", "foreign-layer", "weight-shape", "delta-shape",
-        "act-shape", "act-zero", "nan",
+        "act-shape", "act-zero", "nan", "int8",
     ],
 )  # fmt: skip
 def test_other_files_are_refused_in_one_line(golden, case_network, adapter, tmp_path, write, message):
