@@ -10,7 +10,8 @@ LEVELS = 16
 BLOCKS = 64  # of a level, and transformer blocks in a row
 SIDE = 2**14  # of an image or a map of latents
 TIMESTEPS = 10**6
-CLASSES = 2**20
+CLASSES = 2**20  # labels, words, and entries of a codebook
+POSITIONS = 2**16  # tokens of a prompt
 
 
 def check_limits(found: Mapping[str, int | None | Iterable[int]], limits: Mapping[str, int]) -> None:

@@ -38,7 +38,7 @@ BETA_SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 def beta_schedule(name: str, start: float, end: float, num_timesteps: int) -> Tensor:
     """β_t of the DDPM family (arXiv 2006.11239 §4). Returns [T] float64. Raises ValueError for an unknown name."""
-    if name not in BETA_SCHEDULES:
+    if not isinstance(name, str) or name not in BETA_SCHEDULES:
         raise ValueError(f"unknown beta schedule {name!r}, expected one of {', '.join(BETA_SCHEDULES)}")
     if num_timesteps < 1:
         raise ValueError(f"num_diffusion_timesteps must be at least 1, found {num_timesteps}")

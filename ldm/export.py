@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ddim.network import DDPMUNet
 from ldm.models.diffusion.models import DDPM, LatentDiffusion
+from ldm.schedules import settings_of
 
 PIXEL_TARGET = f"{DDPMUNet.__module__}.{DDPMUNet.__name__}"
 # What ldm.schedules calls a schedule, and what ddim.schedules does.
@@ -86,21 +87,22 @@ def _is_pixel(params: Mapping[str, Any]) -> bool:
 
 def _pixel_config(params: dict[str, Any]) -> dict[str, Any]:
     network = dict(params["unet_config"]["params"])
-    schedule = params.get("beta_schedule", "linear")
-    if schedule not in PIXEL_SCHEDULES or params.get("given_betas") is not None:
+    schedule = settings_of(params)
+    name = "given_betas" if "given_betas" in schedule else schedule["beta_schedule"]
+    if name not in PIXEL_SCHEDULES:
         expected = ", ".join(PIXEL_SCHEDULES)
-        raise ValueError(f"beta_schedule: a pixel model can be exported with {expected}, found {schedule!r}")
+        raise ValueError(f"beta_schedule: a pixel model can be exported with {expected}, found {name!r}")
     size = network.pop("image_size")
-    timesteps = network.pop("num_diffusion_timesteps", 1000)
+    network.pop("num_diffusion_timesteps", None)  # a description: training draws from the schedule's
     return {
         "pretrained": "model.safetensors",
         "data": {"dataset": "CIFAR10", "image_size": size, "channels": network["in_channels"], "rescaled": True},
         "model": {"type": "simple", **network},
         "diffusion": {
-            "beta_schedule": PIXEL_SCHEDULES[schedule],
-            "beta_start": params.get("linear_start", 1e-4),
-            "beta_end": params.get("linear_end", 2e-2),
-            "num_diffusion_timesteps": timesteps,
+            "beta_schedule": PIXEL_SCHEDULES[name],
+            "beta_start": schedule["linear_start"],
+            "beta_end": schedule["linear_end"],
+            "num_diffusion_timesteps": schedule["timesteps"],
         },
         "sampling": {"batch_size": 16},
     }

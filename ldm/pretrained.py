@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -127,7 +128,10 @@ def load_model(
     Raises what `open_checkpoint` raises, and ValueError where file and configuration do not fit.
     """
     with open_checkpoint(checkpoint) as source:
-        model = _build_without_weights(_for_sampling(config, Path(checkpoint)), dtype)
+        try:
+            model = _build_without_weights(_for_sampling(config, Path(checkpoint)), dtype)
+        except ValueError as error:
+            raise ValueError(f"{config.get('config_file', 'the configuration')}: {error}") from error
         if not network:
             model.model.diffusion_model = nn.Identity()  # made without memory
         ema = config.model.params.get("use_ema", True) and _has_ema(model, source)
@@ -135,6 +139,7 @@ def load_model(
         known = used.union(model.state_dict())  # moving averages leave the weights they replace unused
         skipped = () if network else OF_NETWORK
         unknown = [n for n in source if n not in known and not _is_known(n) and not n.startswith(skipped)]
+        _check_scale_factor(model, source)
         _warn_of_another_schedule(model, source)
         if unknown:
             logger.warning("%s: ignored %d unknown tensors: %s", source.path, len(unknown), first_names(unknown))
@@ -142,18 +147,29 @@ def load_model(
 
 
 def _warn_of_another_schedule(model: LatentDiffusion, source: Checkpoint) -> None:
-    """Say it where the file's own schedule is not the configuration's, which counts."""
-    if "alphas_cumprod" not in source:
+    """Say it where the file's own schedule is not the configuration's, which counts: by its first tensor of these."""
+    own = {"alphas_cumprod": cumulative_alphas(model.betas), "betas": model.betas}
+    name = next((name for name in own if name in source), None)
+    if name is None:
         return
-    stored, expected = source["alphas_cumprod"], cumulative_alphas(model.betas)
+    stored, expected = source[name], own[name]
     if stored.shape != expected.shape:
-        logger.warning("%s: alphas_cumprod has %d steps, the configuration %d", source.path, len(stored), len(expected))
+        steps = "%s: %s has %d steps, the configuration %d"
+        logger.warning(steps, source.path, name, stored.numel(), len(expected))
         return
-    rounding = 4 * torch.finfo(stored.dtype).eps if stored.is_floating_point() else 0.0
+    rounding = 4 * torch.finfo(stored.dtype).eps * expected.max().item() if stored.is_floating_point() else 0.0
     largest = (stored.double() - expected).abs().max().item()
     if not largest <= rounding + 1e-6:  # schedules made in float32 are off by that much
-        differs = "alphas_cumprod differs by up to %.3g from that of the configuration, which is used"
-        logger.warning("%s: " + differs, source.path, largest)
+        differs = "%s differs by up to %.3g from that of the configuration, which is used"
+        logger.warning("%s: " + differs, source.path, name, largest)
+
+
+def _check_scale_factor(model: LatentDiffusion, source: Checkpoint) -> None:
+    """Raise ValueError unless latents can be divided by the scale factor, the file's or else the configuration's."""
+    scale = model.scale_factor.item()
+    if not (math.isfinite(scale) and scale > 0):
+        where = f"{source.path}: " if "scale_factor" in source else "model.params."
+        raise ValueError(f"{where}scale_factor: expected a finite number above 0, found {scale:g}")
 
 
 def _for_sampling(config: DictConfig, checkpoint: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.limits import TIMESTEPS, check_limits
+
 Schedule = Callable[[float, float, int, float], Tensor]  # (linear_start, linear_end, T, cosine_s) -> [T]
 
 
@@ -37,7 +39,20 @@ BETA_SCHEDULES: dict[str, Schedule] = {
 }
 
 
-SETTINGS = ("timesteps", "beta_schedule", "linear_start", "linear_end", "cosine_s", "given_betas")
+# What counts where a configuration leaves a setting out, or gives none.
+DEFAULTS = {
+    "timesteps": 1000,  # or the number of given_betas
+    "beta_schedule": "linear",
+    "linear_start": 1e-4,
+    "linear_end": 2e-2,
+    "cosine_s": 8e-3,
+}
+SETTINGS = (*DEFAULTS, "given_betas")
+
+
+def settings_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's parameters say of its schedule, `SETTINGS`, with `DEFAULTS` for what they leave out."""
+    return DEFAULTS | {key: params[key] for key in SETTINGS if params.get(key) is not None}
 
 
 def betas_of(params: Mapping[str, Any]) -> Tensor:
@@ -45,15 +60,16 @@ def betas_of(params: Mapping[str, Any]) -> Tensor:
 
     Raises ValueError for values that make no schedule, and for `given_betas` of another number than `timesteps`.
     """
-    found = {key: params[key] for key in SETTINGS if params.get(key) is not None}
+    found = settings_of(params)
+    check_limits(found, {"timesteps": TIMESTEPS})
     if "given_betas" not in found:
-        ends = (found.get("linear_start", 1e-4), found.get("linear_end", 2e-2), found.get("cosine_s", 8e-3))
-        return beta_schedule(found.get("beta_schedule", "linear"), found.get("timesteps", 1000), *ends)
+        names = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
+        return beta_schedule(*(found[name] for name in names))
     try:
         betas = torch.tensor([float(beta) for beta in found["given_betas"]], dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"given_betas: expected a list of numbers, found {found['given_betas']!r:.80}") from error
-    if len(betas) != found.get("timesteps", len(betas)):
+    if len(betas) != (params.get("timesteps") or len(betas)):
         raise ValueError(f"given_betas: expected {found['timesteps']} numbers as timesteps, found {len(betas)}")
     if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
         ends = f"{betas.min().item():g} to {betas.max().item():g}" if len(betas) else "none"
@@ -69,7 +85,7 @@ def beta_schedule(
     Returns [T] float64, to be followed by `ddim.schedules.cumulative_alphas`. Raises ValueError for an unknown name,
     for num_timesteps < 1 and for betas that are not strictly between 0 and 1.
     """
-    if name not in BETA_SCHEDULES:
+    if not isinstance(name, str) or name not in BETA_SCHEDULES:
         raise ValueError(f"unknown beta_schedule {name!r}, expected one of {', '.join(BETA_SCHEDULES)}")
     if num_timesteps < 1:
         raise ValueError(f"timesteps must be at least 1, found {num_timesteps}")

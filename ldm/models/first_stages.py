@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
 
+from ddim.limits import CLASSES, WIDTH, check_limits
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions import DiagonalGaussianDistribution
 
@@ -46,6 +47,7 @@ class FirstStage(nn.Module, ABC):
     ):
         super().__init__()
         ddconfig = _plain(ddconfig)
+        check_limits({"embed_dim": embed_dim}, {"embed_dim": WIDTH})
         if ddconfig.get("double_z", True) != self.double_z:
             expected, found = self.double_z, not self.double_z
             raise ValueError(f"ddconfig.double_z must be {expected} for {type(self).__name__}, found {found}")
@@ -167,6 +169,7 @@ class VQModel(FirstStage):
         use_ema: bool = False,  # published; not for training here
         **common,  # see FirstStage
     ):
+        check_limits({"n_embed": n_embed}, {"n_embed": CLASSES})
         super().__init__(ddconfig, embed_dim, lossconfig, **common)
         z_channels = ddconfig["z_channels"]
         self.n_embed = n_embed

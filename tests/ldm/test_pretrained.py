@@ -223,6 +223,27 @@ def test_another_schedule_in_the_file_is_a_warning(states, lightning, caplog):
     assert caplog.messages == [f"{path}: alphas_cumprod has 10 steps, the configuration 1000"]
 
 
+def test_betas_alone_tell_another_schedule_too(states, lightning, caplog):
+    config, _ = bundled("cifar10-ldm")
+    betas = betas_of(config.model.params)
+    load_model(config, lightning({**states["cifar10-ldm"], "betas": betas.float()}))
+    assert caplog.messages == []
+    path = lightning({**states["cifar10-ldm"], "betas": betas * 2})
+    load_model(config, path)
+    assert caplog.messages == [
+        f"{path}: betas differs by up to {betas[-1].item():.3g} from that of the configuration, which is used"
+    ]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_latents_cannot_be_divided_by_every_scale_factor(states, lightning, scale, in_file):
+    config, _ = bundled("cifar10-ldm", *[] if in_file else [f"model.params.scale_factor={scale}"])
+    path = lightning({**states["cifar10-ldm"], **({"scale_factor": torch.tensor(scale)} if in_file else {})})
+    where = path if in_file else "model.params."
+    fails(ValueError, lambda: load_model(config, path), where, f"expected a finite number above 0, found {scale:g}")
+
+
 BAD = {"nan": float("nan"), "inf": float("inf")}
 
 

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
+from ddim.schedules import beta_schedule as ddim_schedule
 from ddim.schedules import cumulative_alphas
+from ldm.export import PIXEL_TARGET, exported_config
 from ldm.models.diffusion.models import DDPM
 from ldm.schedules import BETA_SCHEDULES, beta_schedule, betas_of
 
@@ -55,6 +57,18 @@ def test_impossible_schedules_are_refused(name, num, start, end, match):
         beta_schedule(name, num, start, end)
 
 
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [
+        ({"timesteps": 10**12}, "timesteps: expected whole numbers up to 1000000, found 1000000000000"),
+        ({"beta_schedule": ["linear"]}, "unknown beta_schedule"),
+    ],
+)
+def test_settings_that_no_schedule_has(params, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        betas_of(params)
+
+
 GIVEN = {"timesteps": 3, "given_betas": [0.1, 0.2, 0.3]}
 
 
@@ -74,6 +88,19 @@ def test_every_form_that_a_configuration_has(params, expected):
     assert torch.equal(betas_of(params), expected)
     unet = {"target": "torch.nn.Identity"}
     assert torch.equal(DDPM(unet, use_ema=False, **params).betas, expected)
+
+
+def test_a_pixel_model_is_exported_with_the_schedule_that_it_was_trained_with():
+    network = {"image_size": 8, "in_channels": 3, "num_diffusion_timesteps": 1000}
+    params = {"unet_config": {"target": PIXEL_TARGET, "params": network}, "beta_schedule": "sqrt_linear"}
+    for given in ({"timesteps": 50, "linear_end": 0.1}, {}):
+        written = exported_config({"params": params | given})["diffusion"]
+        names = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps")
+        torch.testing.assert_close(
+            ddim_schedule(*(written[name] for name in names)), betas_of(params | given), rtol=1e-12, atol=0
+        )
+    with pytest.raises(ValueError, match="can be exported with sqrt_linear, linear, found 'given_betas'"):
+        exported_config({"params": params | GIVEN})
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,11 @@ class DDPM(nn.Module):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        timesteps: int | None = None,  # 1000, or the number of given_betas
-        beta_schedule: str = "linear",  # a name of ldm.schedules; a pixel model's linear betas are "sqrt_linear"
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        cosine_s: float = 8e-3,
+        timesteps: int | None = None,  # this and the next four: `ldm.schedules.DEFAULTS` where None
+        beta_schedule: str | None = None,  # a name of ldm.schedules; a pixel model's linear betas are "sqrt_linear"
+        linear_start: float | None = None,
+        linear_end: float | None = None,
+        cosine_s: float | None = None,
         given_betas: Sequence[float] | None = None,  # in place of a schedule
         loss_type: str = "l2",
         ckpt_path: str | None = None,

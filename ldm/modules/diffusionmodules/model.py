@@ -6,8 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ddim.layers import NORM_GROUPS, AttnBlock, Downsample, ResnetBlock, Upsample, group_norm_silu
+from ddim.limits import BLOCKS, LEVELS, SIDE, WIDTH, check_limits
 from ddim.network import Level
 
+LIMITS = {
+    **dict.fromkeys(("ch", "ch_mult", "in_channels", "z_channels", "out_ch"), WIDTH),
+    "levels": LEVELS,
+    "num_res_blocks": BLOCKS,
+    "resolution": SIDE,
+}
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")  # xformers names a faster kernel for the same arithmetic
 
 
@@ -50,7 +57,8 @@ class Encoder(nn.Module):
         **ignored,
     ):
         super().__init__()
-        _check(ch, ch_mult, attn_type, use_linear_attn)
+        sizes = {"num_res_blocks": num_res_blocks, "resolution": resolution, "z_channels": z_channels}
+        _check(ch, ch_mult, attn_type, use_linear_attn, in_channels=in_channels, out_ch=out_ch, **sizes)
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -97,7 +105,8 @@ class Decoder(nn.Module):
         **ignored,
     ):
         super().__init__()
-        _check(ch, ch_mult, attn_type, use_linear_attn)
+        sizes = {"num_res_blocks": num_res_blocks, "resolution": resolution, "z_channels": z_channels}
+        _check(ch, ch_mult, attn_type, use_linear_attn, in_channels=in_channels, out_ch=out_ch, **sizes)
         self.give_pre_end = give_pre_end
         self.tanh_out = tanh_out
         widths = [ch * m for m in ch_mult]
@@ -141,7 +150,9 @@ def _run(level: Level, h: Tensor) -> Tensor:
     return h
 
 
-def _check(ch: int, ch_mult: Sequence[int], attn_type: str, use_linear_attn: bool) -> None:
+def _check(ch: int, ch_mult: Sequence[int], attn_type: str, use_linear_attn: bool, **sizes: int | None) -> None:
+    check_limits({"ch": ch, "ch_mult": list(ch_mult), "levels": len(ch_mult)} | sizes, LIMITS)
+    check_limits({"ch * ch_mult": [ch * mult for mult in ch_mult]}, {"ch * ch_mult": WIDTH})
     if not ch_mult:
         raise ValueError("ch_mult must name at least one level, found none")
     wrong = [width for width in (ch, *(ch * m for m in ch_mult)) if width < 1 or width % NORM_GROUPS]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.checkpoints import one_line
+from ddim.limits import BLOCKS, CLASSES, POSITIONS, WIDTH, check_limits
 from ldm.modules.encoders.tokenizers import PromptTokenizer
 from ldm.modules.encoders.x_transformer import TokenTransformer, check_tokens
 
@@ -30,6 +31,14 @@ CLIP_VIT_L_14 = {
     "pad_token_id": 1,
     "bos_token_id": 49406,
     "eos_token_id": 49407,
+}
+
+
+CLIP_LIMITS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"), WIDTH),
+    "vocab_size": CLASSES,
+    "num_hidden_layers": BLOCKS,
+    "max_position_embeddings": POSITIONS,
 }
 
 
@@ -86,7 +95,9 @@ def _clip_config(version: str) -> CLIPTextConfig:
     if version == "openai/clip-vit-large-patch14" or (folder.is_dir() and not (folder / "config.json").is_file()):
         return CLIPTextConfig(**CLIP_VIT_L_14)
     try:
-        return CLIPTextConfig.from_pretrained(version)
+        config = CLIPTextConfig.from_pretrained(version)
+        check_limits({name: getattr(config, name) for name in CLIP_LIMITS}, CLIP_LIMITS)
+        return config
     except Exception as error:  # the reader of a damaged file raises nearly anything
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'}: not a readable text encoder: {one_line(error)}") from None
@@ -158,6 +169,7 @@ class ClassEmbedder(nn.Module):
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class"):
         super().__init__()
+        check_limits({"n_classes": n_classes, "embed_dim": embed_dim}, {"n_classes": CLASSES, "embed_dim": WIDTH})
         self.key = key
         self.embedding = nn.Embedding(n_classes, embed_dim)
 

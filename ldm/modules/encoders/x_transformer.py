@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim.limits import BLOCKS, CLASSES, POSITIONS, WIDTH, check_limits
+
 HEADS, HEAD_WIDTH = 8, 64  # whatever the model's width
 
 
@@ -72,6 +74,8 @@ class TokenTransformer(nn.Module):
 
     def __init__(self, num_tokens: int, max_seq_len: int, dim: int, depth: int, dropout: float = 0.0):
         super().__init__()
+        sizes = {"vocab_size": num_tokens, "max_seq_len": max_seq_len, "n_embed": dim, "n_layer": depth}
+        check_limits(sizes, {"vocab_size": CLASSES, "max_seq_len": POSITIONS, "n_embed": WIDTH, "n_layer": BLOCKS})
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = PositionalEmbedding(max_seq_len, dim)
         self.dropout = nn.Dropout(dropout)

@@ -9,6 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddim.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
+from ddim.limits import CLASSES, SIDE, WIDTH
 from ldm.pretrained import load_config
 from ldm.schedules import betas_of
 from qdiff.families.ldm.conditioning import UNCONDITIONAL
@@ -70,12 +72,19 @@ class Settings:
         """The section of that name within this one."""
         return Settings(self.path, f"{self.name}.{key}", self.values.get(key))
 
-    def whole(self, key: str) -> int:
+    def whole(self, key: str, most: int = 2**63) -> int:
         """A whole number of at least 1."""
         value = self.values.get(key)
         if type(value) is not int or value < 1:
             self._refuse(f"{self.name}.{key}", "a whole number of at least 1", value)
+        if value > most:
+            self._refuse(f"{self.name}.{key}", f"at most {most}", value)
         return value
+
+    def picture(self, key: str) -> None:
+        """Channels of images."""
+        if (value := self.whole(key)) not in PICTURE_CHANNELS:
+            self._refuse(f"{self.name}.{key}", PICTURE_CHANNELS_SAID, value)
 
     def same(self, key: str, as_key: str, expected: int) -> None:
         """A whole number that another setting gives too."""
@@ -103,8 +112,8 @@ class Settings:
 
 
 def _check_params(params: Settings) -> None:
-    for key in ("image_size", "channels"):
-        params.whole(key)
+    params.whole("image_size", SIDE)
+    params.whole("channels", WIDTH)
     for key in ("linear_start", "linear_end", "cosine_s"):
         if params.values.get(key) is not None:
             params.number(key)
@@ -124,7 +133,11 @@ def _check_params(params: Settings) -> None:
     if params.values["image_size"] % step:
         params._refuse("model.params.image_size", f"a multiple of {step}", params.values["image_size"])
     if "ddconfig" in (parts["first_stage_config"].values.get("params") or {}):
-        parts["first_stage_config"].section("params").section("ddconfig").levels("ch_mult")
+        images = parts["first_stage_config"].section("params").section("ddconfig")
+        images.levels("ch_mult")
+        images.picture("out_ch")
+    else:
+        params.picture("channels")
     condition = parts.get("cond_stage_config")
     if condition is not None and "n_classes" in (condition.values.get("params") or {}):
-        condition.section("params").whole("n_classes")
+        condition.section("params").whole("n_classes", CLASSES)

@@ -195,6 +195,7 @@ EITHER_CONFIG = {
     "no-image-size": (without(*PARAMS, "image_size"), ("model.params.image_size", "whole number", "nothing")),
     "image-size-text": (given("big", *PARAMS, "image_size"), ("model.params.image_size", "'big'")),
     "image-size-list": (given([8, 8], *PARAMS, "image_size"), ("model.params.image_size", "[8, 8]")),
+    "image-size-huge": (given(2**40, *PARAMS, "image_size"), ("model.params.image_size", "at most 16384", 2**40)),
     "image-size-odd": (two_levels_of_seven, ("model.params.image_size", "multiple of 2", "7")),
     "no-channels": (without(*PARAMS, "channels"), ("model.params.channels", "nothing")),
     "channels": (given(5, *PARAMS, "channels"), ("unet_config.params.in_channels", "5 as model.params.channels")),
@@ -212,6 +213,14 @@ EITHER_CONFIG = {
     "width": (given(33, *UNET, "params", "model_channels"), ("model_channels", "33")),
     "no-stage": (without(*STAGE), ("model.params.first_stage_config", "a section")),
     "stage-target": (given("os.system", *STAGE, "target"), ("first_stage_config.target", "AutoencoderKL", "os.system")),
+    "stage-colours": (
+        given(4, *STAGE, "params", "ddconfig", "out_ch"),
+        ("mine.yaml", "ddconfig.out_ch", "1 (grey) or 3 (RGB)", "found 4"),
+    ),
+    "stage-width": (
+        given(2**40, *STAGE, "params", "ddconfig", "ch"),
+        ("mine.yaml", "ch", "32768", 2**40),
+    ),
     "ch_mult": (given(None, *STAGE, "params", "ddconfig", "ch_mult"), ("ddconfig.ch_mult", "a list")),
     "target": (given("os.system", "model", "target"), ("model.target", "LatentDiffusion", "os.system")),
     "argument": (given(1, *PARAMS, "colour"), ("LatentDiffusion", "colour")),
