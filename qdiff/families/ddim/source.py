@@ -6,25 +6,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from ddim.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ddim.pipeline import Pipeline
-from ddim.pretrained import (
-    build_network,
-    find_pretrained,
-    load_config,
-    load_pretrained,
-)
+from ddim.pretrained import build_network, find_pretrained, load_config, load_pretrained, load_state, load_weights
 from ddim.samplers import SAMPLERS, Sampler, make_sampler, to_images
 from qdiff.families.ddim.adapter import DDIMAdapter
 from qdiff.families.options import SamplingOptions
 from qdiff.families.source import Predict, Sampling, starting_noise
 from qdiff.utils.errors import FieldError
 from qdiff.utils.files import sha256
+from qdiff.utils.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
 
 NO_WEIGHTS = "no float weights: expected a file of weights, or that those of the configuration are asked for"
+__all__ = ["PixelModel", "PixelSource", "load_state", "load_weights", "read_config"]
 OF_LATENT_MODELS = ("scale", "height", "width", "prompts", "labels", "no_label")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddim.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
 from ddim.limits import CLASSES, SIDE, WIDTH
 from ldm.pretrained import load_config
 from ldm.schedules import betas_of
 from qdiff.families.ldm.conditioning import UNCONDITIONAL
+from qdiff.utils.images import PICTURE_CHANNELS, PICTURE_CHANNELS_SAID
 
 IS_FIRST_STAGE = "__is_first_stage__"  # which then encodes images that condition
 PARTS = {
