@@ -12,7 +12,7 @@ from qdiff.cli.compare import report as comparison_report
 def run_jobs(todo, command, jobs, largest, done, first=0):
     """In place of qdiff.cli.compare.jobs.run_jobs."""
     for slug in todo:
-        compare_methods.main(command(slug)[2:])
+        compare_methods.main(command(slug)[3:])
         done(SimpleNamespace(slug=slug, process=SimpleNamespace(returncode=0)))
 
 

