@@ -17,6 +17,7 @@ def load_into(
     prefix: str = "",  # of the module's names in the source
     optional: Callable[[str], bool] = lambda name: False,  # may this tensor of the module be missing?
     rename: Callable[[str], Iterable[str]] = lambda name: (name,),  # names to look for, the first one found is taken
+    model: str = "the model",  # what messages call the module
 ) -> set[str]:
     """Copies the tensors of `source` into the module's parameters and buffers, converted to their dtypes.
 
@@ -26,7 +27,7 @@ def load_into(
     as it was. Raises ValueError for a parameter's tensor that holds integers, or numbers that are not finite, while it
     copies.
     """
-    found = _match(module, source, prefix, optional, rename)
+    found = _match(module, source, prefix, optional, rename, model)
     _give_memory(module)
     targets, path = module.state_dict(keep_vars=True), getattr(source, "path", "the checkpoint")
     with torch.no_grad():
@@ -44,6 +45,7 @@ def _match(
     prefix: str,
     optional: Callable[[str], bool],
     rename: Callable[[str], Iterable[str]],
+    model: str,
 ) -> dict[str, str]:
     """Name in the module -> name in the source, of every tensor to copy. Raises ValueError where they do not fit."""
     expected = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
@@ -64,7 +66,7 @@ def _match(
     problems = {"missing": missing, "of another shape": other}
     text = "; ".join(f"{len(names)} {kind}: {first_names(names)}" for kind, names in problems.items() if names)
     if text:
-        raise ValueError(f"{getattr(source, 'path', 'the checkpoint')} does not fit the model: {text}")
+        raise ValueError(f"{getattr(source, 'path', 'the checkpoint')} does not fit {model}: {text}")
     return found
 
 

@@ -135,7 +135,8 @@ def load_model(
         if not network:
             model.model.diffusion_model = nn.Identity()  # made without memory
         ema = config.model.params.get("use_ema", True) and _has_ema(model, source)
-        used = load_into(model, source, optional=_is_optional, rename=_renaming(ema))
+        name = f"the model of {config.config_file}" if "config_file" in config else "the model"
+        used = load_into(model, source, optional=_is_optional, rename=_renaming(ema), model=name)
         known = used.union(model.state_dict())  # moving averages leave the weights they replace unused
         skipped = () if network else OF_NETWORK
         unknown = [n for n in source if n not in known and not _is_known(n) and not n.startswith(skipped)]

@@ -100,7 +100,7 @@ def test_sets_per_step_see_their_own_samples_only():
     with table.at(torch.tensor([900, 100, 900])):
         observer(quantizer, torch.tensor([[-1.0, 1.0], [-10.0, 10.0], [-2.0, 0.5]]))
     observer.finish([("layer", quantizer)])
-    expected = [grid(-2.0, 1.0)[0].item(), grid(-10.0, 10.0)[0].item()]
+    expected = [grid(-2.0, 1.0).scale.item(), grid(-10.0, 10.0).scale.item()]
     assert quantizer.scale.tolist() == pytest.approx(expected)
 
 
@@ -111,7 +111,7 @@ def test_heads_folded_into_the_batch_axis_count_for_their_sample():
     with table.at(torch.tensor([900, 100])):  # two heads each
         observer(quantizer, torch.tensor([[-1.0, 1.0], [-2.0, 1.0], [-10.0, 1.0], [-20.0, 1.0]]))
     observer.finish([("layer", quantizer)])
-    expected = [grid(-2.0, 1.0)[0].item(), grid(-20.0, 1.0)[0].item()]
+    expected = [grid(-2.0, 1.0).scale.item(), grid(-20.0, 1.0).scale.item()]
     assert quantizer.scale.tolist() == pytest.approx(expected)
 
 

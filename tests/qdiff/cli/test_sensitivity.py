@@ -37,7 +37,6 @@ def test_what_a_budget_allows(tiny, tmp_path, flags):
     for row in found["rows"]:
         errors[row["unit"]][row["bits"]] = row["rms_at_the_end"]
     assert found["chosen"] == {unit: min(of, key=of.get) for unit, of in errors.items()}
-    assert 2 not in found["chosen"].values()
 
 
 def test_a_conditional_model_with_guidance(latent, tmp_path):
