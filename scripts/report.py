@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write the report of a finished folder anew: of a comparison, a calibration, or a measurement of sensitivity."""
 
-from qdiff.cli.commandline import run_main
+from qdiff.cli.command import run_main
 from qdiff.cli.report import main
 
 if __name__ == "__main__":

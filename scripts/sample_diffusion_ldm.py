@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Calibrate a latent diffusion model (LSUN, ImageNet), or load a calibrated one, and sample images."""
 
-from qdiff.cli.commandline import GOES_ON, run_main
+from qdiff.cli.command import GOES_ON, run_main
 from qdiff.cli.sample.ldm import main
 
 if __name__ == "__main__":

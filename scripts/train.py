@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a model of configs/train: the pixel model, a first stage, or a latent model."""
 
-from qdiff.cli.commandline import run_main
+from qdiff.cli.command import run_main
 from qdiff.cli.train import main
 
 if __name__ == "__main__":

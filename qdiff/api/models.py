@@ -21,6 +21,7 @@ from qdiff.calibration.trajectories import (
 from qdiff.families.open import open_model
 from qdiff.families.options import SamplingOptions
 from qdiff.families.source import FloatModel, Sampling, Source, sample
+from qdiff.utils.errors import FieldError
 from qdiff.utils.files import sole_user
 
 BATCH = 16  # samples at once where nothing is said
@@ -153,5 +154,5 @@ def unfinished_shards(folder: Path, provenance: dict[str, Any], indices: list[ra
         for key, value in provenance.items():
             if found.get(key) != value:
                 was = f"made with {key} {found.get(key)!r}, this run has {value!r}"
-                raise ValueError(f"{path}: {was}; choose another --out")
+                raise FieldError(str(path), f": {was}; choose another {{}}", "folder")
     return todo

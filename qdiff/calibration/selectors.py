@@ -14,6 +14,7 @@ from qdiff.calibration.trajectories import CONDITIONING, Trajectories
 from qdiff.nn.family import Adapter
 from qdiff.nn.step_table import StepTable
 from qdiff.recipes.recipe import Recipe, StepGroups
+from qdiff.utils.errors import FieldError
 from qdiff.utils.seeds import generator_of
 
 FEATURE_BATCH = 16  # samples whose features are held at once, at every step
@@ -86,9 +87,10 @@ def _first_samples(trajectories: Trajectories, steps: Tensor, per_step: int) -> 
 
 def _check_counts(trajectories: Trajectories, steps: int, per_step: int) -> None:
     if steps > trajectories.steps:
-        raise ValueError(f"--cali_st {steps}: the calibration data have only {trajectories.steps} steps")
+        raise FieldError("selector.steps", f" {steps}: the calibration data have only {trajectories.steps} steps")
     if per_step > trajectories.samples:
-        raise ValueError(f"--cali_n {per_step}: the calibration data have only {trajectories.samples} samples a step")
+        only = f"the calibration data have only {trajectories.samples} samples a step"
+        raise FieldError("selector.per_step", f" {per_step}: {only}")
 
 
 def uniform(trajectories: Trajectories, steps: int, per_step: int) -> CalibrationSet:
@@ -168,9 +170,10 @@ def check_selection(trajectories: Trajectories, recipe: Recipe) -> None:
     if selector.name != "density_variety":
         _check_counts(trajectories, selector.steps, selector.per_step)
     elif selector.seeds > trajectories.samples:
-        flags = f"--cali_st {selector.steps} --cali_n {selector.per_step}"
+        given = f" {selector.steps} {{}} {selector.per_step}"
         wanted = f"{selector.name} takes {selector.seeds} states, each of another sample"
-        raise ValueError(f"{flags}: {wanted}; the calibration data have only {trajectories.samples} samples")
+        wrong = f"{given}: {wanted}; the calibration data have only {trajectories.samples} samples"
+        raise FieldError("selector.steps", wrong, "selector.per_step")
     if selector.name == "group_starts":
         _group_members(trajectories, recipe.step_groups)
 

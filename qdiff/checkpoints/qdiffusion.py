@@ -23,6 +23,7 @@ from qdiff.nn.grid import Grid
 from qdiff.nn.layers import QuantLayer, act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, softmax_spec
+from qdiff.utils.errors import FieldError
 from qdiff.utils.files import load_pickle, parse_json, save_pickle
 
 PREFIX = "model."
@@ -129,22 +130,27 @@ class Published:
         return (weight[:, -width:] if part.endswith("_0") else weight[:, :width]), alpha
 
 
-def check_flags(published: Published, recipe: Recipe, activations: bool) -> None:
-    """Raise ValueError, naming the flag and the file, where a recipe contradicts what the file shows."""
+def check_recipe(published: Published, recipe: Recipe, activations: bool) -> None:
+    """Raise FieldError, naming the option and the file, where a recipe contradicts what the file shows."""
     path = published.path
     if recipe.split_shortcuts != published.split:
-        given, has = ("--split", "none") if recipe.split_shortcuts else ("no --split", "split shortcuts")
-        raise ValueError(f"{given}: contradicts {path}, which has {has}")
+        has = "split shortcuts" if published.split else "none"
+        raise _contradiction("split", recipe.split_shortcuts, path, has)
     if recipe.weights.bits not in (bits := published.weight_bits()):
-        raise ValueError(f"--weight_bit {recipe.weights.bits}: contradicts {path}, whose codes have {bits[-1]} bits")
+        wrong = f" {recipe.weights.bits}: contradicts {path}, whose codes have {bits[-1]} bits"
+        raise FieldError("weights.bits", wrong)
     if not activations:
         return
     if not published.has_activations:
-        raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")
-    if (recipe.activations.kind == "signed") != published.symmetric:
-        given = "--a_sym" if recipe.activations.kind == "signed" else "no --a_sym"
-        found = "symmetric activations" if published.symmetric else "activations with non-zero zero points"
-        raise ValueError(f"{given}: contradicts {path}, which has {found}")
+        raise FieldError("act_bits", f": contradicts {path}, which holds no activation quantizers")
+    symmetric = recipe.activations.kind == "signed"
+    if symmetric != published.symmetric:
+        has = "symmetric activations" if published.symmetric else "activations with non-zero zero points"
+        raise _contradiction("act_symmetric", symmetric, path, has)
+
+
+def _contradiction(field: str, given: bool, path: Path, has: str) -> FieldError:
+    return FieldError(field, f"{'' if given else ' left out'}: contradicts {path}, which has {has}")
 
 
 def published_recipe(
@@ -176,7 +182,7 @@ def load_published(path: str | Path, network: nn.Module, adapter: Adapter, recip
     Returns (network, recipe). Raises ValueError naming the file, what was expected and what was found.
     """
     published = Published(path)
-    check_flags(published, recipe, recipe.activations is not None)
+    check_recipe(published, recipe, recipe.activations is not None)
     if published.recipe is not None:
         own = published.recipe
         recipe = own if recipe.activations is not None else replace(own, activations=None, softmax=None)
@@ -327,18 +333,8 @@ def save_published(
     save_pickle(published_state(network, adapter, recipe, float_weights), path)
 
 
-def original_flags(recipe: Recipe, adapter: Adapter, network: nn.Module) -> str:
-    """The flags with which the original code reads a file written from this recipe."""
-    flags = [f"--weight_bit {recipe.weights.bits}"] + ["--split"] * recipe.split_shortcuts
-    if recipe.activations is not None:
-        flags += [f"--quant_act --act_bit {recipe.activations.bits}"]
-        flags += ["--a_sym"] * (recipe.activations.kind == "signed")
-        flags += [f"--sm_abit {original_softmax_bits(recipe, adapter, network)}"]
-    return " ".join(flags)
-
-
 def original_softmax_bits(recipe: Recipe, adapter: Adapter, network: nn.Module) -> int:
-    """The --sm_abit with which the original code reads a file written from this recipe.
+    """The bits of softmax outputs with which the original code reads a file written from this recipe.
 
     An unsigned softmax grid of b bits is the upper half of the original's signed grid of b + 1 bits, and a signed one
     beside the original's unsigned grid uses its lower half.

@@ -15,18 +15,12 @@ import torch
 
 from qdiff.api.models import BATCH
 from qdiff.api.sampling import record
-from qdiff.cli.commandline import (
-    add_quantization_flags,
-    add_run_flags,
-    add_team_flags,
-    bits_label,
-    make_parser,
-    print_plan,
-    start_log,
-    warn_without_effect,
-)
+from qdiff.cli.command import print_plan, start_log
+from qdiff.cli.flags import add_run_flags, add_team_flags
 from qdiff.cli.models.any_family import ChosenModel, add_model_flags, choose_model
+from qdiff.cli.parser import make_parser
 from qdiff.cli.quantize import CHECKPOINT_NAME, QuantizationPlan, calibrate_and_write, plan_quantization, read_inputs
+from qdiff.cli.recipe_flags import add_quantization_flags, bits_label, warn_without_effect
 from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.cli.team import start_team
 from qdiff.utils.devices import choose_device

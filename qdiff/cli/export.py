@@ -19,16 +19,13 @@ import torch
 from torch import nn
 
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
-from qdiff.checkpoints.qdiffusion import original_flags, save_published
-from qdiff.cli.commandline import (
-    add_quantization_flags,
-    add_structure_flags,
-    bits_label,
-    make_parser,
-    whole,
-)
+from qdiff.checkpoints.qdiffusion import save_published
+from qdiff.cli.errors import told
 from qdiff.cli.models.network_only import NamedModel, add_named_model_flags, named_model
+from qdiff.cli.original import original_flags
+from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.quantize import load_calibrated
+from qdiff.cli.recipe_flags import add_quantization_flags, add_structure_flags, bits_label
 from qdiff.deploy.layers import ATTENTION_POLICIES
 from qdiff.deploy.runtime import has_onnx_runtime
 from qdiff.evaluation.cost import float_bytes
@@ -147,7 +144,7 @@ def write_published(source: Source, args: argparse.Namespace, path: Path, model:
     try:
         save_published(path, source.network, source.adapter, source.recipe, weights)
     except ValueError as error:
-        raise ValueError(f"--format qdiffusion: {error}") from error
+        raise ValueError(f"--format qdiffusion: {told(error)}") from error
     print(f"the original code reads it with {original_flags(source.recipe, source.adapter, source.network)}")
 
 

@@ -168,7 +168,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if text is not None:
         print(text)
         return
-    from qdiff.cli.commandline import run_main
+    from qdiff.cli.command import run_main
 
     interrupted = GOES_ON if arguments[0] in COMMANDS and COMMANDS[arguments[0]].interrupted else ""
     sys.argv = ["qdiff", *arguments]

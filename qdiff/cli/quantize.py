@@ -22,13 +22,14 @@ from qdiff.calibration.trajectories import Trajectories, check_times, load_traje
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.checkpoints.qdiffusion import (
     load_published,
-    original_flags,
     original_softmax_bits,
     published_recipe,
     save_published,
 )
-from qdiff.cli.commandline import bits_label, chosen_recipe, method_options
+from qdiff.cli.errors import told
+from qdiff.cli.original import original_flags
 from qdiff.cli.progress import LOG_NAME, PLOT_NAME, CalibrationLog, check_tensorboard, peak_memory, plot_losses
+from qdiff.cli.recipe_flags import bits_label, chosen_recipe, method_options
 from qdiff.deploy.convert import load_integer, quantizes_activations
 from qdiff.deploy.runtime import keeps_codes
 from qdiff.evaluation.report import REPORT_NAME, write
@@ -162,7 +163,7 @@ def _check_path(plan: QuantizationPlan, trajectories: Trajectories | None, path:
     try:
         made = path()
     except ValueError as error:
-        raise ValueError(f"{plan.recipe.name}: learns over groups of steps: {error}") from error
+        raise ValueError(f"{plan.recipe.name}: learns over groups of steps: {told(error)}") from error
     if trajectories is not None:
         try:
             Rollouts(trajectories, made)

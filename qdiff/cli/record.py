@@ -24,15 +24,10 @@ from qdiff.calibration.trajectories import (
     save_shard,
     shard_path,
 )
-from qdiff.cli.commandline import (
-    add_run_flags,
-    add_team_flags,
-    make_parser,
-    print_plan,
-    start_log,
-    whole,
-)
+from qdiff.cli.command import print_plan, start_log
+from qdiff.cli.flags import add_run_flags, add_team_flags
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, add_model_flags, choose_model
+from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.cli.team import start_team
 from qdiff.utils.devices import choose_device

@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdiff.cli.commandline import make_parser
 from qdiff.cli.compare.page import RUN_LOG, SENSITIVITY_NAME, write_page
 from qdiff.cli.compare.plan import PLAN_NAME
+from qdiff.cli.parser import make_parser
 from qdiff.cli.quantize import CHECKPOINT_NAME
 from qdiff.cli.quantize import write_report as write_calibration
 from qdiff.evaluation.report import REPORT_NAME, write

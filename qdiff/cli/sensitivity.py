@@ -24,8 +24,10 @@ from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.rollout import Rollouts
 from qdiff.calibration.selectors import select
 from qdiff.calibration.trajectories import concatenate
-from qdiff.cli.commandline import add_run_flags, make_parser, number, print_plan, start_log, whole
+from qdiff.cli.command import print_plan, start_log
+from qdiff.cli.flags import add_run_flags
 from qdiff.cli.models.any_family import ChosenModel, add_model_flags, choose_model
+from qdiff.cli.parser import make_parser, number, whole
 from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.evaluation.allocation import allocate, bit_operations, mixed_recipe
 from qdiff.evaluation.heatmap import Panel, heat_map

@@ -22,7 +22,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qdiff.cli.commandline import make_parser, print_plan, start_log, whole
+from qdiff.cli.command import print_plan, start_log
+from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.training import LAST, make_trainer, quiet
 from qdiff.families.ldm.training import (
     TEXT,

@@ -20,6 +20,7 @@ from qdiff.deploy.times import RuntimeTimings, contents, signature, sizes_of
 from qdiff.families import Adapter
 from qdiff.nn.layers import QuantLayer
 from qdiff.nn.unowned import Unowned
+from qdiff.utils.errors import FieldError
 
 logger = logging.getLogger(__name__)
 RUNTIMES = ("simulate", "integer", "onnx", "auto")
@@ -100,15 +101,15 @@ def keeps_codes(runtime: str, prefer: str = "speed") -> bool:
 
 
 def check_runtime(runtime: str, device: torch.device, prefer: str = "speed") -> None:
-    """Raise ValueError where a runtime is unknown, or the device or the installation does not have it."""
+    """Raise FieldError where a runtime is unknown, or the device or the installation does not have it."""
     for what, found, known in (("runtime", runtime, RUNTIMES), ("prefer", prefer, PREFERENCES)):
         if found not in known:
-            raise ValueError(f"{what}: expected one of {', '.join(known)}, found {found!r}")
+            raise FieldError(what, f": expected one of {', '.join(known)}, found {found!r}")
     if runtime == "onnx":
         if device.type != "cpu":
-            raise ValueError(f"runtime onnx: runs on the CPU, found {device}; integer and auto run there")
+            raise FieldError("runtime", f" onnx: runs on the CPU, found {device}; integer and auto run there")
         if not has_onnx_runtime():
-            raise ValueError("runtime onnx: needs ONNX Runtime, found none: pip install '.[onnx]'")
+            raise FieldError("runtime", " onnx: needs ONNX Runtime, found none: pip install '.[onnx]'")
 
 
 def has_onnx_runtime() -> bool:

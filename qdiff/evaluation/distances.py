@@ -195,7 +195,7 @@ def kernel_distance(features: Tensor, reference: Tensor, subsets: int, subset_si
     of more images than there are."""
     fewest = min(len(features), len(reference))
     if subset_size > fewest:
-        raise NotThere(f"subsets of {subset_size} images, and there are {fewest}; give --kid_subset_size")
+        raise NotThere(f"subsets of {subset_size} images, and there are {fewest}; give a smaller size of subsets")
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "verbose": False}
     found = kid_features_to_metric(features, reference, **options)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]

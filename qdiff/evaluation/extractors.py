@@ -19,6 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from qdiff.evaluation import features as cifar10
 from qdiff.evaluation.images import Images, file_digest
+from qdiff.utils.errors import FieldError
 from qdiff.utils.files import load_pickle
 
 INCEPTION, VGG, CIFAR10 = "inception-v3-spatial", "vgg16", cifar10.EXTRACTOR
@@ -136,5 +137,5 @@ def fetch_weights(name: str) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), progress=False)
     except OSError as error:  # URLError among them
-        raise ValueError(f"--download: {url} cannot be had: {error}") from error
+        raise FieldError("download", f": {url} cannot be had: {error}") from error
     return path

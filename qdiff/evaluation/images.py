@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_fidelity.registry import DATASETS_REGISTRY
 
 from qdiff.evaluation.runs import SUFFIXES, image_files, images_folder
+from qdiff.utils.errors import FieldError
 from qdiff.utils.images import DAMAGED, UnfitImage, pixels_of
 
 LOSSY = (".jpg", ".jpeg")
@@ -243,7 +244,7 @@ class RegisteredImages(Images):
             self.data = DATASETS_REGISTRY[name](str(folder), download)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{name}: expected its data in {folder}, or --download: {reason}") from error
+            raise FieldError(name, f": expected its data in {folder}, or {{}}: {reason}", "download") from error
         super().__init__(name, len(self.data), tuple(self.data[0].shape))
 
     def image(self, index: int) -> Tensor:

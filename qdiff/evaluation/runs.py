@@ -87,7 +87,7 @@ def _declared(path: Path, inner: object) -> Path:
     """The folder that a run names."""
     if inner is None:
         there = path / STATISTICS_NAME
-        instead = f"; as --reference {there} serves" if there.is_file() else ""
+        instead = f"; {there} serves as a reference" if there.is_file() else ""
         raise ValueError(f"{path}: expected images, found a run that kept none{instead}")
     if not isinstance(inner, str) or Path(inner).is_absolute() or ".." in Path(inner).parts:
         raise ValueError(f"{path / CONFIG_NAME}: {IMAGES_IN}: expected a folder within the run's, found {inner!r}")

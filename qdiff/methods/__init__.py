@@ -7,6 +7,7 @@ from qdiff.methods import accuquant, eda_dm, gptq, nearest, q_diffusion, quest, 
 from qdiff.methods.options import MethodOptions
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import GPTQ, STAGES, ActivationRanges, Finetune, WeightRanges
+from qdiff.utils.errors import FieldError
 
 METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
     "nearest": nearest.recipe,
@@ -23,7 +24,7 @@ METHODS: dict[str, Callable[[MethodOptions], Recipe]] = {
 def make_recipe(method: str, options: MethodOptions) -> Recipe:
     """The recipe of a method. Raises ValueError naming the valid methods, or an option out of bounds."""
     if method not in METHODS:
-        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, found {method!r}")
+        raise FieldError("method", f": expected one of {', '.join(METHODS)}, found {method!r}")
     return METHODS[method](options)
 
 
@@ -35,7 +36,7 @@ def register_method(name: str, method: Callable[[MethodOptions], Recipe]) -> Non
 
 
 def for_given_weights(recipe: Recipe) -> Recipe:
-    """The recipe without what finds or learns weights: for weights that come from a checkpoint (--resume_w)."""
+    """The recipe without what finds or learns weights: for weights that come from a checkpoint."""
     stages = []
     for stage in recipe.stages:
         if isinstance(stage, (WeightRanges, GPTQ)):

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from qdiff.utils.errors import FieldError
+
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 
@@ -29,9 +31,9 @@ def one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError naming the field unless low <= value <= high."""
+    """Raise a FieldError unless low <= value <= high."""
     if not low <= value <= high:
-        raise ValueError(f"{name}: expected a value from {low} to {high}, found {brief(value)}")
+        raise FieldError(name, f": expected a value from {low} to {high}, found {brief(value)}")
 
 
 def to_plain(value: Any, tags: Mapping[str, type]) -> Any:

@@ -93,11 +93,11 @@ class Selector:
 
     def __post_init__(self) -> None:
         one_of("selector", self.name, ("uniform", "density_variety", "group_starts"))
-        within("selector steps (--cali_st)", self.steps, 1, 10**6)
-        within("selector per_step (--cali_n)", self.per_step, 1, 10**9)
+        within("selector.steps", self.steps, 1, 10**6)
+        within("selector.per_step", self.per_step, 1, 10**9)
         if self.radius is not None:
-            within("selector radius", self.radius, 0.0, 1e9)
-        within("selector variety", self.variety, 0.0, 1e9)
+            within("selector.radius", self.radius, 0.0, 1e9)
+        within("selector.variety", self.variety, 0.0, 1e9)
         within("selector features", self.features, 1, 10**9)
 
     @property
@@ -172,13 +172,13 @@ class Recipe:
     compat: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        within("weight bits (--weight_bit)", self.weights.bits, 2, 8)
+        within("weights.bits", self.weights.bits, 2, 8)
         if self.weights.axis == "in_channel":
             raise ValueError("weights axis: expected tensor or out_channel, found in_channel")
         if self.activations is not None:
-            within("activation bits (--act_bit)", self.activations.bits, 2, 8)
+            within("activations.bits", self.activations.bits, 2, 8)
         if self.softmax is not None:
-            within("softmax bits (--sm_abit)", self.softmax.bits, 2, 16)
+            within("softmax.bits", self.softmax.bits, 2, 16)
         for name in self.compat:
             one_of("compat option", name, COMPAT)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qdiff.utils.errors import FieldError
+
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or a GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
@@ -21,7 +23,8 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device).cpu()  # the meta device fails here
     except (RuntimeError, AssertionError) as error:  # NotImplementedError among them
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...; not available here: {reason}") from error
+        expected = "expected cpu, cuda, cuda:1, ...; not available here"
+        raise FieldError("device", f" {name}: {expected}: {reason}") from error
     return device
 
 

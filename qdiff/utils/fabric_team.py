@@ -219,7 +219,7 @@ def _with_tensors(data: bytes, tensors: list[Tensor]) -> Any:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What a script exits with after this error (see `qdiff.cli.commandline.run_main`)."""
+    """What a script exits with after this error (see `qdiff.cli.command.run_main`)."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, (ValueError, OSError)) else 1

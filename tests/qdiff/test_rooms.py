@@ -1,6 +1,7 @@
 """The rooms of the toolkit: a file imports from its own room or from those below it, and from nowhere else."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,23 @@ def test_arguments_are_parsed_in_the_command_lines_alone(trees):
     users = [m for m, tree in trees.items() if "argparse" in {a for n in ast.walk(tree) if isinstance(n, ast.Import)
                                                               for a in [x.name for x in n.names]}]  # fmt: skip
     assert [m for m in users if not m.startswith("qdiff.cli.")] == []
+
+
+def flags(tree):
+    """Flags of commands in a module's strings, apart from docstrings."""
+    documented = {id(n.body[0].value) for n in ast.walk(tree) if hasattr(n, "body") and isinstance(n.body, list)
+                  if n.body and isinstance(n.body[0], ast.Expr)}  # fmt: skip
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+             and id(n) not in documented]  # fmt: skip
+    return [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z]\w+", text)]
+
+
+def test_flags_are_known_to_the_command_lines_alone(trees):
+    """Below them errors name fields. Command lines as they were published are content."""
+    below = {m: flags(tree) for m, tree in trees.items() if room_of(m) not in ("qdiff.cli", "scripts")}
+    published = below.pop("qdiff.methods.published_settings")
+    assert published and {m: found for m, found in below.items() if found} == {}
+    assert flags(ast.parse('"""--of a docstring"""\nraise ValueError(f"{x}: expected --steps")')) == ["--steps"]
 
 
 def test_scripts_are_short_and_packages_say_what_they_are_for(trees):

@@ -24,9 +24,11 @@ from qdiff.calibration.stages import find_activation_ranges, find_weight_ranges
 from qdiff.cli.benchmark.plain_calibration import Counter, counting, plain_optimise
 from qdiff.cli.benchmark.subject import Subject, load_subject
 from qdiff.cli.benchmark.timing import seconds_of, synchronize
-from qdiff.cli.commandline import PRODUCTS, add_run_flags, whole
+from qdiff.cli.flags import add_run_flags
 from qdiff.cli.models.network_only import add_named_model_flags
+from qdiff.cli.parser import whole
 from qdiff.cli.progress import peak_memory
+from qdiff.cli.recipe_flags import PRODUCTS
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.nn.layers import quant_layers
 from qdiff.recipes.recipe import Recipe

@@ -31,8 +31,10 @@ from qdiff.cli.benchmark.memory import MEMORY_COLUMNS, add_memory_command, memor
 from qdiff.cli.benchmark.rollout import ROLLOUT_COLUMNS, add_rollout_command, rollout
 from qdiff.cli.benchmark.run import RUN_COLUMNS, add_run_command, benchmark_runs, rows_of
 from qdiff.cli.benchmark.timing import in_turn
-from qdiff.cli.commandline import add_run_flags, make_parser, print_plan, whole
+from qdiff.cli.command import print_plan
+from qdiff.cli.flags import add_run_flags
 from qdiff.cli.models.pixel import add_model_flags, chosen_pixel_model
+from qdiff.cli.parser import make_parser, whole
 from qdiff.evaluation.table import markdown_table
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.utils.devices import choose_device

@@ -17,7 +17,8 @@ import torch
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
-from qdiff.cli.commandline import add_run_flags, whole
+from qdiff.cli.flags import add_run_flags
+from qdiff.cli.parser import whole
 from qdiff.families import adapter_for
 from qdiff.families.ldm.training import (
     LatentDiffusion,

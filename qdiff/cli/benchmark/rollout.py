@@ -15,9 +15,10 @@ from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.rollout import FloatRuns, GroupRollout, Predictor, Rollouts, groups_of
 from qdiff.calibration.selectors import select
 from qdiff.calibration.store import Store
-from qdiff.cli.commandline import add_run_flags, whole
+from qdiff.cli.flags import add_run_flags
 from qdiff.cli.models.any_family import NO_WEIGHTS
 from qdiff.cli.models.pixel import add_model_flags
+from qdiff.cli.parser import whole
 from qdiff.evaluation.memory import LiveBytes
 from qdiff.families import adapter_for
 from qdiff.families.open import pixel_model

@@ -20,8 +20,10 @@ from qdiff.checkpoints.native import read_about, save_checkpoint
 from qdiff.cli.benchmark.memory import in_own_process
 from qdiff.cli.benchmark.subject import Subject, load_subject
 from qdiff.cli.benchmark.timing import in_turn
-from qdiff.cli.commandline import add_run_flags, bits_label, whole
+from qdiff.cli.flags import add_run_flags
 from qdiff.cli.models.network_only import add_named_model_flags, named_model
+from qdiff.cli.parser import whole
+from qdiff.cli.recipe_flags import bits_label
 from qdiff.deploy.deferred import weight_bytes
 from qdiff.deploy.layers import ATTENTION_POLICIES
 from qdiff.deploy.runtime import PREFERENCES, load

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoints.qdiffusion import load_published, published_recipe
-from qdiff.cli.commandline import make_parser, number
+from qdiff.cli.parser import make_parser, number
 from qdiff.families import ADAPTERS, Adapter, adapter_for
 from qdiff.families.ddim.source import load_state, load_weights
 from qdiff.nn.layers import to_double

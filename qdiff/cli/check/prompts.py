@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.cli.commandline import make_parser
+from qdiff.cli.parser import make_parser
 from qdiff.evaluation.images import open_images
 from qdiff.evaluation.pairs import numbers_of
 from qdiff.evaluation.prompts import prompt_accuracy

@@ -17,19 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdiff.cli.commandline import (
-    add_run_flags,
-    add_team_flags,
-    make_parser,
-    print_plan,
-    start_log,
-    whole,
-)
+from qdiff.cli.command import print_plan, start_log
 from qdiff.cli.compare.jobs import Job, leads_machines, run_jobs
 from qdiff.cli.compare.parts import run_part
 from qdiff.cli.compare.plan import DEFAULT_METHODS, FLOAT, LATENT_BATCH, Comparison, make_entries
 from qdiff.cli.compare.report import write_report
+from qdiff.cli.flags import add_run_flags, add_team_flags
 from qdiff.cli.models.any_family import add_model_flags, choose_model
+from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.runs.sampling import warn_of_start
 from qdiff.cli.team import start_team
 from qdiff.methods import METHODS

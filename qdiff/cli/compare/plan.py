@@ -20,10 +20,11 @@ from qdiff.api.sampling import FIRST_CALIBRATION_IMAGE, batches
 from qdiff.calibration.resume import differences
 from qdiff.calibration.selectors import check_selection
 from qdiff.calibration.trajectories import Trajectories, shard_path
+from qdiff.cli.errors import told
 from qdiff.cli.models.any_family import ChosenModel
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.nn.surgery import insert_quantizers
-from qdiff.recipes.overrides import FLAG, apply_overrides
+from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import Rollout
 from qdiff.utils.files import parse_yaml, read_json, sha256, write_text
@@ -122,7 +123,7 @@ def _with_overrides(entries: list[Entry], assignments: Sequence[str]) -> list[En
         fits = [not colon or name in (entry.label, entry.method) for entry in entries]
         if not any(fits):
             known = ", ".join(dict.fromkeys(entry.label for entry in entries))
-            raise ValueError(f"{FLAG} {text}: expected a method that is compared, {known}, found {name!r}")
+            raise ValueError(f"--set {text}: expected a method that is compared, {known}, found {name!r}")
         for chosen, fit in zip(meant, fits, strict=True):
             chosen += [f"{path}{equals}{value}"] * fit
     changed = []
@@ -130,7 +131,7 @@ def _with_overrides(entries: list[Entry], assignments: Sequence[str]) -> list[En
         try:
             recipe = apply_overrides(entry.recipe, chosen) if chosen else entry.recipe
         except ValueError as error:
-            raise ValueError(f"{entry.label}: {error}") from error
+            raise ValueError(f"{entry.label}: {told(error)}") from error
         changed.append(replace(entry, recipe=recipe))
     return changed
 
@@ -236,7 +237,7 @@ class Comparison:
                 check_selection(Trajectories((states,) * steps, times, {}), entry.recipe)
                 insert_quantizers(copy.deepcopy(network), entry.recipe, self.model.adapter, timesteps)
             except ValueError as error:
-                raise ValueError(f"{entry.label}: {error}") from error
+                raise ValueError(f"{entry.label}: {told(error)}") from error
 
     def check_weights(self) -> str:
         """The SHA-256 of the float weights. Raises what loading them raises, unless they have done their work."""

@@ -18,21 +18,16 @@ import torch
 import torch_fidelity
 from torch_fidelity.registry import DATASETS_REGISTRY
 
-from qdiff.cli.commandline import (
-    add_run_flags,
-    add_runtime_flags,
-    make_parser,
-    print_plan,
-    start_log,
-    whole,
-)
+from qdiff.cli.command import print_plan, start_log
 from qdiff.cli.evaluate.cost import TABLE, costs, in_units, layers_csv
 from qdiff.cli.evaluate.metrics import DRAWS, METRICS, REFERENCE, WIDE_DRAWS, Judge, Subject
 from qdiff.cli.evaluate.pairs import PAIRED, PROMPTED, Comparer
 from qdiff.cli.evaluate.report import csv_lines, left_out_lines, rows_of, table_of, write_csv, write_json
 from qdiff.cli.evaluate.samples import SamplingPlan, plan_sampling, sample_folders
+from qdiff.cli.flags import add_run_flags, add_runtime_flags
 from qdiff.cli.models.any_family import add_model_flags
 from qdiff.cli.models.conditioning import read_prompts
+from qdiff.cli.parser import make_parser, whole
 from qdiff.evaluation.cache import Cache
 from qdiff.evaluation.distances import FileStatistics, holds_statistics
 from qdiff.evaluation.extractors import INCEPTION, VGG, fetch_weights, found_weights, too_few

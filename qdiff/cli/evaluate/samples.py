@@ -16,7 +16,7 @@ import qdiff
 from qdiff.api.sampling import batches, sample_batches
 from qdiff.calibration.resume import differences
 from qdiff.checkpoints.native import read_about
-from qdiff.cli.commandline import check_runtime_flags
+from qdiff.cli.flags import check_runtime_flags
 from qdiff.cli.models.any_family import ChosenModel, LoadedModel, choose_model
 from qdiff.cli.runs.sampling import CONFIG_NAME, describe_runtime, missing_batches, warn_of_start
 from qdiff.evaluation.images import file_digest

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qdiff.api.sampling import record_batches
 from qdiff.calibration.trajectories import Trajectories
-from qdiff.cli.commandline import number, whole
 from qdiff.cli.models.conditioning import asked_of_calibration, digest_of
+from qdiff.cli.parser import number, whole
 from qdiff.families import Adapter
 from qdiff.families.open import latent_model, pixel_model
 from qdiff.families.options import Entry, SamplingOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qdiff.cli.commandline import number, whole
 from qdiff.cli.models.any_family import FLAGS, NO_WEIGHTS, PIXEL_SAMPLERS, ChosenModel
+from qdiff.cli.parser import number, whole
 from qdiff.families.open import pixel_model
 from qdiff.families.options import SamplingOptions
 from qdiff.utils.errors import flags_named

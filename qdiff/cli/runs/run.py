@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from qdiff.api.sampling import Observer, batches, record, sample_batches
-from qdiff.cli.commandline import print_plan, start_log, warn_without_effect
+from qdiff.cli.command import print_plan, start_log
 from qdiff.cli.models.conditioning import digest_of
 from qdiff.cli.quantize import Inputs, QuantizationPlan, calibrate_and_write, read_inputs, warn_of_other_sampler
+from qdiff.cli.recipe_flags import warn_without_effect
 from qdiff.cli.runs.outputs import Kept, describe_kept
 from qdiff.cli.runs.sampling import describe_runtime, open_run, prepared, warn_of_start
 from qdiff.evaluation.runs import LABELS_NAME, PROMPTS_NAME

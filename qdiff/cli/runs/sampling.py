@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qdiff.api.sampling import ALONE
 from qdiff.calibration.resume import differences
-from qdiff.cli.commandline import new_folder
+from qdiff.cli.command import new_folder
 from qdiff.cli.quantize import RECORD_NAME
 from qdiff.deploy.runtime import prepare
 from qdiff.evaluation.runs import CONFIG_NAME

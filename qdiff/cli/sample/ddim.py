@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qdiff.cli.commandline import (
-    add_quantization_flags,
-    add_run_flags,
-    add_runtime_flags,
-    add_team_flags,
-    check_runtime_flags,
-    make_parser,
-    whole,
-)
+from qdiff.cli.flags import add_run_flags, add_runtime_flags, add_team_flags, check_runtime_flags
 from qdiff.cli.models.pixel import add_model_flags, add_sampling_flags, chosen_pixel_model
+from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.quantize import plan_quantization
+from qdiff.cli.recipe_flags import add_quantization_flags
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute, write_images
 from qdiff.cli.team import start_team

@@ -17,19 +17,12 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from qdiff.cli.commandline import (
-    add_quantization_flags,
-    add_run_flags,
-    add_runtime_flags,
-    add_team_flags,
-    check_runtime_flags,
-    make_parser,
-    number,
-    whole,
-)
+from qdiff.cli.flags import add_run_flags, add_runtime_flags, add_team_flags, check_runtime_flags
 from qdiff.cli.models.any_family import FLAGS
 from qdiff.cli.models.conditioning import class_labels
+from qdiff.cli.parser import make_parser, number, whole
 from qdiff.cli.quantize import plan_quantization
+from qdiff.cli.recipe_flags import add_quantization_flags
 from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute
 from qdiff.cli.team import start_team

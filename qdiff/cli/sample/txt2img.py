@@ -16,19 +16,12 @@ from pathlib import Path
 
 import torch
 
-from qdiff.cli.commandline import (
-    add_quantization_flags,
-    add_run_flags,
-    add_runtime_flags,
-    add_team_flags,
-    check_runtime_flags,
-    make_parser,
-    number,
-    whole,
-)
+from qdiff.cli.flags import add_run_flags, add_runtime_flags, add_team_flags, check_runtime_flags
 from qdiff.cli.models.any_family import FLAGS
 from qdiff.cli.models.conditioning import read_prompts
+from qdiff.cli.parser import make_parser, number, whole
 from qdiff.cli.quantize import plan_quantization
+from qdiff.cli.recipe_flags import add_quantization_flags
 from qdiff.cli.runs.run import RunPlan, execute
 from qdiff.cli.team import start_team
 from qdiff.families.ldm.conditioning import check_prompt

@@ -65,7 +65,6 @@ def units_of(adapter, network):
 )
 @pytest.mark.cases(
     "nearest-lp-transformer-w4a8",
-    "quick-transformer-w4a8",
     "eda-dm-transformer-w4a8",
     "quest-transformer-w4a8",
     "gptq-plain-w4a8",

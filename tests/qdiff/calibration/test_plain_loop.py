@@ -18,8 +18,8 @@ from qdiff.recipes.stages import Learn, RangeSpec, Reconstruct, WeightRanges
 FEW = {"iterations": 3, "act_iterations": 2, "batch_size": 6, "weight_range": "minmax", "act_range": "minmax"}
 # Adam divides gradients by their own size, so the last digits of one that is nearly zero become digits of a step.
 CLOSE = 1e-6
-CASES = [("quick", "ddim"), ("q-diffusion", "ldm")]
-CASES += [pytest.param(*case, marks=pytest.mark.long) for case in (("quick", "ldm"), ("q-diffusion", "ddim"))]
+LONG = [("q-diffusion", "ldm"), ("quick", "ldm"), ("q-diffusion", "ddim")]
+CASES = [("quick", "ddim"), *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 
 

@@ -61,7 +61,10 @@ def test_uniform_takes_more_steps_where_they_do_not_divide():
 @pytest.mark.parametrize("name", ["uniform", "group_starts"])
 @pytest.mark.parametrize(
     ("steps", "per_step", "message"),
-    [(13, 1, "--cali_st 13: the calibration data have only 12 steps"), (4, 6, "--cali_n 6: .* only 5 samples a step")],
+    [
+        (13, 1, "selector.steps 13: the calibration data have only 12 steps"),
+        (4, 6, "selector.per_step 6: .* only 5 samples a step"),
+    ],
 )
 def test_too_few_states_are_an_error_that_names_the_flag(name, steps, per_step, message):
     for check in (select, check_selection):
@@ -294,7 +297,7 @@ def test_steps_of_equal_worth_share_the_samples(network, adapter):
 
 def test_density_variety_needs_a_sample_for_each_state(network, adapter):
     described = recipe("density_variety", 5, 5)
-    message = "--cali_st 5 --cali_n 5: density_variety takes 25 states, each of another sample; .* only 24 samples"
+    message = "selector.steps 5 selector.per_step 5: density_variety takes 25 states, .*; .* only 24 samples"
     with pytest.raises(ValueError, match=message):
         check_selection(recorded(), described)
     with pytest.raises(ValueError, match=message):

@@ -11,10 +11,10 @@ from ddim.network import DDPMUNet
 from qdiff.checkpoints.qdiffusion import (
     Published,
     load_published,
-    original_flags,
     published_state,
     save_published,
 )
+from qdiff.cli.original import original_flags
 from qdiff.nn.layers import act_quantizers, quant_layers, to_double
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, StepGroups
@@ -141,17 +141,17 @@ def unsplit(golden, path):
 @pytest.mark.parametrize(
     ("change", "flags", "flag", "found"),
     [
-        (None, {"weight_bits": 8}, "--weight_bit 8", "4 bits"),
-        (None, {"weight_bits": 2}, "--weight_bit 2", "4 bits"),
-        (None, {"split": False}, "no --split", "split shortcuts"),
-        (unsplit, {}, "--split", "none"),
-        (None, {"symmetric": False}, "no --a_sym", "symmetric activations"),
-        (with_zero_points, {}, "--a_sym", "non-zero zero points"),
-        (without_activations, {}, "--quant_act", "no activation quantizers"),
+        (None, {"weight_bits": 8}, "weights.bits 8", "4 bits"),
+        (None, {"weight_bits": 2}, "weights.bits 2", "4 bits"),
+        (None, {"split": False}, "split left out", "split shortcuts"),
+        (unsplit, {}, "split", "none"),
+        (None, {"symmetric": False}, "act_symmetric left out", "symmetric activations"),
+        (with_zero_points, {}, "act_symmetric", "non-zero zero points"),
+        (without_activations, {}, "act_bits", "no activation quantizers"),
     ],
     ids=["more-bits", "fewer-bits", "no-split", "split", "no-a_sym", "a_sym", "quant_act"],
 )
-def test_a_flag_that_contradicts_the_file_names_both(
+def test_an_option_that_contradicts_the_file_names_both(
     golden, case_network, adapter, tmp_path, change, flags, flag, found
 ):
     path = golden if change is None else change(golden, tmp_path / "ckpt.pth")

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from qdiff.checkpoints.native import load_checkpoint, read_about, save_checkpoint
 from qdiff.checkpoints.qdiffusion import (
     load_published,
-    original_flags,
     published_recipe,
     published_state,
     save_published,
 )
+from qdiff.cli.original import original_flags
 from qdiff.families import adapter_for
 from qdiff.nn.layers import act_quantizers, quant_layers, to_double
 from qdiff.nn.surgery import insert_quantizers
@@ -222,7 +222,7 @@ def test_keys_of_attention_operands(quantized_latent, latent_adapter, form):
 @pytest.mark.parametrize("float_base", [False, True], ids=["folded", "float-weights"])
 @pytest.mark.parametrize("recipe", RECIPES[2:], ids=lambda recipe: recipe.name)
 @pytest.mark.cases(
-    "plain-*-folded",
+    "plain-split*-folded",
     "transformer-softmax16-*",
     "transformer-signed-softmax16-folded",
     "transformer-compensated-float-weights",

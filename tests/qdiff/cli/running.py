@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdiff.cli.commandline import run_main
+from qdiff.cli.command import run_main
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 BAR = re.compile(r"\d+%\||\d+(call|it) \[|^\s*$")

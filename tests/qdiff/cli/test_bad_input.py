@@ -267,11 +267,11 @@ def test_a_pickle_with_a_foreign_object_names_its_class(tiny, fails, tmp_path, r
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        ("--weight_bit 4 --quant_act --act_bit 8 --a_sym", ("no --split", "split shortcuts")),
+        ("--weight_bit 4 --quant_act --act_bit 8 --a_sym", ("--split left out", "split shortcuts")),
         ("--weight_bit 8 --quant_act --act_bit 8 --a_sym --split", ("--weight_bit 8", "4 bits")),
         ("--weight_bit 2 --quant_act --act_bit 8 --a_sym --split", ("--weight_bit 2", "4 bits")),
         ("--quant_act --act_bit 8 --a_sym --split", ("--weight_bit 8", "4 bits")),
-        ("--weight_bit 4 --quant_act --act_bit 8 --split", ("no --a_sym", "symmetric")),
+        ("--weight_bit 4 --quant_act --act_bit 8 --split", ("--a_sym left out", "symmetric")),
     ],
     ids=["no-split", "w8", "w2", "w-left-out", "no-a_sym"],
 )

@@ -21,9 +21,9 @@ SCRIPTS = {
     "sample_diffusion_ldm": ("-c", 8, "-e", 1, "-n", 1, "--batch_size", 2, "--seed", 41),
     "txt2img": ("--ddim_steps", 8, "--plms", "--scale", 3, "--n_iter", 1, "--n_samples", 1, "--skip_grid"),
 }
-# Each method from one script, and one of those with sets per step from each of the other two.
+# Each method from one script, and one with sets per step from another.
 EACH = [("sample_diffusion_ddim", method) for method in FOUR]
-EACH += [("sample_diffusion_ldm", "quest"), ("txt2img", "accuquant")]
+EACH += [("sample_diffusion_ldm", "quest")]
 REST = [(script, method) for script in SCRIPTS for method in FOUR if (script, method) not in EACH]
 EVERY = EACH + [pytest.param(*case, marks=pytest.mark.long) for case in REST]
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from qdiff.cli.commandline import PlainFormatter, printable, run_main, start_log
+from qdiff.cli.command import PlainFormatter, printable, run_main, start_log
 
 EVIL = "a\x1b[2J\x07\x9b1mb\u202ec"
 PLAIN = "a\\x1b[2J\\x07\\x9b1mb\\u202ec"

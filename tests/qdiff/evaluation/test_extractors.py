@@ -109,7 +109,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extractors.torch.hub, "download_url_to_file", fail)
     for name in (INCEPTION, VGG):
-        with pytest.raises(ValueError, match="--download: https://.* cannot be had: no network"):
+        with pytest.raises(ValueError, match="download: https://.* cannot be had: no network"):
             fetch_weights(name)
 
 

@@ -111,6 +111,7 @@ def test_torch_fidelity_computes_the_same_from_data_sets(halves):
     assert ours == pytest.approx(found[torch_fidelity.KEY_METRIC_FID], rel=1e-6)
 
 
+@pytest.mark.long
 def test_real_images_are_nearest(cifar_test):
     images, _ = cifar_test
     noisy = (images + 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)

@@ -131,7 +131,7 @@ def test_registered_data(monkeypatch):
 
 
 def test_registered_data_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="cifar10-val: expected its data in .*, or --download"):
+    with pytest.raises(ValueError, match="cifar10-val: expected its data in .*, or download"):
         RegisteredImages("cifar10-val", tmp_path)
 
 

@@ -35,6 +35,7 @@ def test_prompts_of_no_class_or_several_are_refused(prompt, count):
         class_of_prompt(prompt)
 
 
+@pytest.mark.long
 def test_real_images_show_what_their_labels_say(cifar_test):
     images, labels = cifar_test
     prompts = [f"a photo of a {CLASSES[label]}" for label in labels]

@@ -48,7 +48,7 @@ def test_a_run_says_where_its_images_lie(tmp_path):
     ("config", "names", "reason"),
     [
         ("images_in: null", ["grid-0000.png"], "found a run that kept none$"),
-        ("images_in: null", ["statistics.npz"], "kept none; as --reference .*statistics.npz serves"),
+        ("images_in: null", ["statistics.npz"], "kept none; .*statistics.npz serves as a reference"),
         ("images_in: img", ["calibration_loss.png"], "img: expected the images of the run, found none; is the run"),
         ("images_in: ../x", ["0.png"], r"images_in: expected a folder within the run's, found '\.\./x'"),
         ("images_in: /tmp", ["0.png"], "expected a folder within"),

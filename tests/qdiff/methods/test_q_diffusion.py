@@ -7,7 +7,8 @@ import torch
 
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.cli.commandline import add_quantization_flags, chosen_recipe, make_parser
+from qdiff.cli.parser import make_parser
+from qdiff.cli.recipe_flags import add_quantization_flags, chosen_recipe
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.stages import ActivationRanges, RangeSpec, Reconstruct, WeightRanges
 

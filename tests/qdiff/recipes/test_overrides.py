@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from qdiff.cli.commandline import add_quantization_flags, chosen_recipe, make_parser
+from qdiff.cli.parser import make_parser
+from qdiff.cli.recipe_flags import add_quantization_flags, chosen_recipe
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, Selector, StepGroups
@@ -101,45 +102,51 @@ def test_a_value_for_several_stages_is_each_ones_own():
 
 FIELDS = "expected one of name, weights, .*, compat, weight_ranges, reconstruct, activation_ranges, found"
 MISTAKES = {
-    "stage": ("rekonstruct.iterations=1", f"--set rekonstruct.iterations: {FIELDS} 'rekonstruct'"),
+    "stage": ("rekonstruct.iterations=1", f"changes rekonstruct.iterations: {FIELDS} 'rekonstruct'"),
     "absent-stage": (
         "rollout.gradient=exact",
-        "--set rollout.gradient: the recipe has no rollout, its stages are weight_ranges, reconstruct, ",
+        "changes rollout.gradient: the recipe has no rollout, its stages are weight_ranges, reconstruct, ",
     ),
-    "field": ("weights.bit=4", "--set weights.bit: expected one of bits, kind, axis, found 'bit'"),
-    "inner-field": ("reconstruct.loss.q=4", "--set reconstruct.loss.q: expected one of p, taps, reduction, found 'q'"),
-    "too-deep": ("weights.bits.low=4", "--set weights.bits.low: bits has no fields"),
-    "no-value": ("weights.bits", "--set: expected PATH=VALUE, .*found 'weights.bits'"),
-    "no-path": ("=4", "--set: expected PATH=VALUE, .*found '=4'"),
-    "dots": ("weights..bits=4", "--set weights..bits: expected names joined by dots"),
-    "no-yaml": ("selector={name", "--set selector: expected YAML, found '{name'"),
-    "type": ("weights.bits=four", "--set weights.bits: recipe.weights.bits: expected int, found 'four'"),
-    "bounds": ("weights.bits=9", r"--set weights.bits: recipe: weight bits .*expected a value from 2 to 8, found 9"),
-    "null": ("weights.bits=", "--set weights.bits: recipe.weights.bits: expected int, found None"),
-    "choice": ("selector.name=best", "--set selector.name: recipe.selector: selector: expected one of uniform"),
-    "word-for-a-list": ("compat=train_mode", "--set compat: recipe.compat: expected a list, found 'train_mode'"),
-    "group": ("reconstruct.learn.mean.rate=1", r"--set reconstruct.learn.mean.rate: .*expected one of rounding, scale"),
-    "no-rate": ("reconstruct.learn.bias.schedule=cosine", "--set .*schedule: .*field rate is missing"),
+    "field": ("weights.bit=4", "changes weights.bit: expected one of bits, kind, axis, found 'bit'"),
+    "inner-field": (
+        "reconstruct.loss.q=4",
+        "changes reconstruct.loss.q: expected one of p, taps, reduction, found 'q'",
+    ),
+    "too-deep": ("weights.bits.low=4", "changes weights.bits.low: bits has no fields"),
+    "no-value": ("weights.bits", "changes: expected PATH=VALUE, .*found 'weights.bits'"),
+    "no-path": ("=4", "changes: expected PATH=VALUE, .*found '=4'"),
+    "dots": ("weights..bits=4", "changes weights..bits: expected names joined by dots"),
+    "no-yaml": ("selector={name", "changes selector: expected YAML, found '{name'"),
+    "type": ("weights.bits=four", "changes weights.bits: recipe.weights.bits: expected int, found 'four'"),
+    "bounds": ("weights.bits=9", r"changes weights.bits: recipe: weights.bits: expected a value from 2 to 8, found 9"),
+    "null": ("weights.bits=", "changes weights.bits: recipe.weights.bits: expected int, found None"),
+    "choice": ("selector.name=best", "changes selector.name: recipe.selector: selector: expected one of uniform"),
+    "word-for-a-list": ("compat=train_mode", "changes compat: recipe.compat: expected a list, found 'train_mode'"),
+    "group": (
+        "reconstruct.learn.mean.rate=1",
+        r"changes reconstruct.learn.mean.rate: .*expected one of rounding, scale",
+    ),
+    "no-rate": ("reconstruct.learn.bias.schedule=cosine", "changes .*schedule: .*field rate is missing"),
     "not-learned": (
         "reconstruct.learn.bias=null",
-        "--set .*: nothing to remove, expected one of rounding, scale, found",
+        "changes .*: nothing to remove, expected one of rounding, scale, found",
     ),
-    "kind-of-stage": ("reconstruct.stage=compensate", "--set reconstruct.stage: expected one of learn, iterations"),
+    "kind-of-stage": ("reconstruct.stage=compensate", "changes reconstruct.stage: expected one of learn, iterations"),
     "whole-stage": (
         "reconstruct[1]=null",
-        r"--set reconstruct\[1\]: expected a field of it, as reconstruct\[1\].learn",
+        r"changes reconstruct\[1\]: expected a field of it, as reconstruct\[1\].learn",
     ),
-    "stages": ("stages=[]", f"--set stages: {FIELDS} 'stages'"),
-    "whole-rule": ("rules[1]={pattern: a}", r"--set rules\[1\]: expected a field of rules\[1\]"),
+    "stages": ("stages=[]", f"changes stages: {FIELDS} 'stages'"),
+    "whole-rule": ("rules[1]={pattern: a}", r"changes rules\[1\]: expected a field of rules\[1\]"),
     "no-such-occurrence": (
         "reconstruct[3].mix=1",
-        r"--set reconstruct\[3\].mix: expected reconstruct\[1\] to reconstruct\[2\], found reconstruct\[3\]",
+        r"changes reconstruct\[3\].mix: expected reconstruct\[1\] to reconstruct\[2\], found reconstruct\[3\]",
     ),
     "counted-from-0": (
         "reconstruct[0].mix=1",
         r".*expected reconstruct\[1\] to reconstruct\[2\], found reconstruct\[0\]",
     ),
-    "entry-of-a-field": ("weights[1].bits=4", r"--set weights\[1\].bits: weights has no entries"),
+    "entry-of-a-field": ("weights[1].bits=4", r"changes weights\[1\].bits: weights has no entries"),
 }
 
 
@@ -153,12 +160,12 @@ def test_a_mistake_is_told_in_one_line_that_names_the_path(assignment, message):
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["weights.bits=9", "selector.steps=3"], "--set weights.bits: "),
-        (["selector.steps=3", "weights.bits=9"], "--set weights.bits: "),
-        (["step_groups.count=4", "step_groups.size=5"], "--set step_groups.size: .*found count 4 and size 5"),
-        (["rules=3", "rules.act_bits=4"], "--set rules.act_bits: rules has no fields, since it was set to 3"),
-        (["rules=[3]", "rules.act_bits=4"], "--set rules.act_bits: rules has no fields, since it was set to 3"),
-        (["selector=3", "selector.steps=4"], "--set selector.steps: selector has no fields, since it was set to 3"),
+        (["weights.bits=9", "selector.steps=3"], "changes weights.bits: "),
+        (["selector.steps=3", "weights.bits=9"], "changes weights.bits: "),
+        (["step_groups.count=4", "step_groups.size=5"], "changes step_groups.size: .*found count 4 and size 5"),
+        (["rules=3", "rules.act_bits=4"], "changes rules.act_bits: rules has no fields, since it was set to 3"),
+        (["rules=[3]", "rules.act_bits=4"], "changes rules.act_bits: rules has no fields, since it was set to 3"),
+        (["selector=3", "selector.steps=4"], "changes selector.steps: selector has no fields, since it was set to 3"),
     ],
 )
 def test_of_several_the_one_at_fault_is_named(assignments, message):
@@ -167,9 +174,9 @@ def test_of_several_the_one_at_fault_is_named(assignments, message):
 
 
 def test_a_recipe_without_rules_or_stages_says_so():
-    with pytest.raises(ValueError, match="--set rules.act_bits: the recipe has no rules$"):
+    with pytest.raises(ValueError, match="changes rules.act_bits: the recipe has no rules$"):
         apply_overrides(Recipe("x"), ["rules.act_bits=4"])
-    with pytest.raises(ValueError, match="--set compensate.rows: the recipe has no compensate$"):
+    with pytest.raises(ValueError, match="changes compensate.rows: the recipe has no compensate$"):
         apply_overrides(Recipe("x"), ["compensate.rows=4"])
 
 

@@ -12,7 +12,9 @@ import torch
 from ddim.network import DDPMUNet
 from qdiff.calibration.calibrate import Progress, RunOptions, calibrate
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.cli.commandline import add_team_flags, make_parser, run_main
+from qdiff.cli.command import run_main
+from qdiff.cli.flags import add_team_flags
+from qdiff.cli.parser import make_parser
 from qdiff.cli.team import start_team
 from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe

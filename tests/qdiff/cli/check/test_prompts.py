@@ -31,6 +31,7 @@ def rows(result):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines()]
 
 
+@pytest.mark.long
 def test_one_run(run):
     """Images show what was asked for."""
     found = rows(passed(call("check_prompts", run)))

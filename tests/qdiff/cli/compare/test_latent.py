@@ -135,6 +135,7 @@ def test_samplers(latent, monkeypatch, tmp_path, sampler):
     assert (len(row["single_step"]), len(row["accumulated"])) == (4, 5)
 
 
+@pytest.mark.long
 def test_whether_prompts_are_shown(monkeypatch, tmp_path):
     """The bundled text model's images, judged by the bundled classifier."""
     in_this_process(monkeypatch)

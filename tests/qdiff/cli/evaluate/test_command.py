@@ -47,6 +47,7 @@ def tensor(pixels):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+@pytest.mark.long
 def test_its_numbers_are_those_of_torch_fidelitys_command_line(tmp_path, monkeypatch, capsys):
     names = [f"{i}.png" for i in (2, 9, 10, 20)]  # not in torch-fidelity's order
     one = write_images(tmp_path / "one", noisy(PIXELS[:4], 30), names)

