@@ -52,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_plan({**model.where, **model.pipeline.describe(), **plan.describe(), "out": str(args.out)}, plan.recipe)
         return
     with start_team(args, device) as team:
-        execute(model, plan, team.device or device, team)
+        execute(args, model, plan, team.device or device, team)
 
 
-def execute(model: ChosenModel, plan: QuantizationPlan, device: torch.device, team: Team) -> None:
+def execute(
+    args: argparse.Namespace, model: ChosenModel, plan: QuantizationPlan, device: torch.device, team: Team
+) -> None:
     """Calibrate into --out, or say that it has been done."""
-    args, pipeline, folder = plan.args, model.pipeline, plan.args.out
+    pipeline, folder = model.pipeline, args.out
     conditional = bool(model.entries)
     inputs = read_inputs(
         plan, model.adapter, model.build, pipeline.shape, pipeline.timesteps(), conditional, pipeline.path
@@ -66,7 +68,7 @@ def execute(model: ChosenModel, plan: QuantizationPlan, device: torch.device, te
     folder.mkdir(parents=True, exist_ok=True)
     with sole_user(folder) if team.is_main else nullcontext():
         start_log(folder, args.verbose, team.rank)
-        warn_without_effect(args)
+        warn_without_effect(plan.options)
         warn_of_start(pipeline)
         batch_size = args.batch_size or model.batch_size or BATCH
         calibrate_and_write(

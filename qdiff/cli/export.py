@@ -25,7 +25,7 @@ from qdiff.cli.models.network_only import NamedModel, add_named_model_flags, nam
 from qdiff.cli.original import original_flags
 from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.quantize import load_calibrated
-from qdiff.cli.recipe_flags import add_quantization_flags, add_structure_flags, bits_label
+from qdiff.cli.recipe_flags import QuantizationOptions, add_structure_flags, bits_label
 from qdiff.deploy.layers import ATTENTION_POLICIES
 from qdiff.deploy.runtime import has_onnx_runtime
 from qdiff.evaluation.cost import float_bytes
@@ -92,10 +92,7 @@ def _read_published(args: argparse.Namespace, model: NamedModel | None) -> Sourc
     path = args.cali_ckpt
     if model is None:
         raise ValueError(f"--cali_ckpt {path}: does not describe its network; name the model by --config or -r")
-    parser = make_parser("")
-    add_quantization_flags(parser)
-    flags = argparse.Namespace(**vars(parser.parse_args([])) | vars(args))
-    network, recipe = load_calibrated(flags, model.build, model.adapter)
+    network, recipe = load_calibrated(QuantizationOptions.of(args), model.build, model.adapter)
     origin = {"source": path.name, "source_sha256": sha256(path), "timesteps": None}
     return Source(network, model.adapter, recipe, origin)
 

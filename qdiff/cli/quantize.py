@@ -29,7 +29,7 @@ from qdiff.checkpoints.qdiffusion import (
 from qdiff.cli.errors import told
 from qdiff.cli.original import original_flags
 from qdiff.cli.progress import LOG_NAME, PLOT_NAME, CalibrationLog, check_tensorboard, peak_memory, plot_losses
-from qdiff.cli.recipe_flags import bits_label, chosen_recipe, method_options
+from qdiff.cli.recipe_flags import QuantizationOptions, bits_label, chosen_recipe, method_options
 from qdiff.deploy.convert import load_integer, quantizes_activations
 from qdiff.deploy.runtime import keeps_codes
 from qdiff.evaluation.report import REPORT_NAME, write
@@ -56,16 +56,15 @@ class QuantizationPlan:
     """What the flags ask for: `recipe` calibrates (None: nothing is calibrated), `loads` is the checkpoint that is
     used as it is."""
 
-    args: argparse.Namespace
+    options: QuantizationOptions
     recipe: Recipe | None
     loads: Path | None
 
     def describe(self) -> dict[str, Any]:
         """Plain data for --dry_run."""
-        args = self.args
         return {
-            "calibrated_checkpoint": None if args.cali_ckpt is None else str(args.cali_ckpt),
-            "calibration_data": None if self.recipe is None else str(args.cali_data_path or "made by this run"),
+            "calibrated_checkpoint": None if self.options.cali_ckpt is None else str(self.options.cali_ckpt),
+            "calibration_data": None if self.recipe is None else str(self.options.cali_data_path or "made by this run"),
         }
 
 
@@ -74,28 +73,29 @@ def plan_quantization(args: argparse.Namespace, steps: int, steps_flag: str) -> 
 
     Raises ValueError naming the flag at fault.
     """
+    options = QuantizationOptions.of(args)
     for flag in QUANTIZING:
-        if not args.ptq and getattr(args, flag):
+        if not options.ptq and getattr(options, flag):
             raise ValueError(f"--{flag}: quantizes, so it needs --ptq")
-    if args.resume and args.resume_w:
+    if options.resume and options.resume_w:
         raise ValueError("--resume, --resume_w: one loads everything, the other the weights; give one of them")
-    if (args.resume or args.resume_w) and args.cali_ckpt is None:
-        raise ValueError(f"--resume{'_w' * args.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
-    if args.resume_w and not args.quant_act:
+    if (options.resume or options.resume_w) and options.cali_ckpt is None:
+        raise ValueError(f"--resume{'_w' * options.resume_w}: needs --cali_ckpt FILE, the calibrated checkpoint")
+    if options.resume_w and not options.quant_act:
         raise ValueError("--resume_w: calibrates activations, so it needs --quant_act")
-    if not args.ptq:
-        return QuantizationPlan(args, None, None)
-    if args.tensorboard:
+    if not options.ptq:
+        return QuantizationPlan(options, None, None)
+    if options.tensorboard:
         check_tensorboard()
-    recipe = chosen_recipe(args)
-    if args.cali_ckpt is not None and not args.resume_w:
-        return QuantizationPlan(args, None, args.cali_ckpt)
-    if args.resume_w:
+    recipe = chosen_recipe(options)
+    if options.cali_ckpt is not None and not options.resume_w:
+        return QuantizationPlan(options, None, options.cali_ckpt)
+    if options.resume_w:
         recipe = for_given_weights(recipe)
     by_steps = recipe.selector.name != "density_variety"  # which may take many states of a step
-    if args.cali_data_path is None and by_steps and recipe.selector.steps > steps:
+    if options.cali_data_path is None and by_steps and recipe.selector.steps > steps:
         raise ValueError(f"--cali_st {recipe.selector.steps}: {steps_flag} makes only {steps} steps")
-    return QuantizationPlan(args, recipe, None)
+    return QuantizationPlan(options, recipe, None)
 
 
 @dataclass(frozen=True)
@@ -127,24 +127,24 @@ def read_inputs(
     path: makes the sampler's path, which recipes that learn over groups of steps need. Raises FileNotFoundError, or
     ValueError naming the flag and the file.
     """
-    args, loaded, recipe, trajectories = plan.args, None, None, None
-    if args.ptq and args.cali_ckpt is not None:
-        loaded, recipe = load_calibrated(args, build, adapter)
+    options, loaded, recipe, trajectories = plan.options, None, None, None
+    if options.ptq and options.cali_ckpt is not None:
+        loaded, recipe = load_calibrated(options, build, adapter)
     if plan.recipe is None:
         return Inputs(loaded, recipe, None)
     with torch.device("meta"):
         network = build()
-    if args.cali_data_path is not None:
-        trajectories = load_trajectories(args.cali_data_path, shape)
+    if options.cali_data_path is not None:
+        trajectories = load_trajectories(options.cali_data_path, shape)
         fractions = timesteps.is_floating_point()
-        check_times(trajectories, adapter.num_timesteps(network), fractions, args.cali_data_path)
+        check_times(trajectories, adapter.num_timesteps(network), fractions, options.cali_data_path)
         check_selection(trajectories, plan.recipe)
         _check_path(plan, trajectories, path)
         timesteps = trajectories.timesteps
     else:
         _check_path(plan, None, path)
     if trajectories is not None:
-        _check_conditioning(trajectories, conditional, adapter.config_of(network), args.cali_data_path)
+        _check_conditioning(trajectories, conditional, adapter.config_of(network), options.cali_data_path)
     insert_quantizers(network, plan.recipe, adapter, timesteps)
     _check_layers(plan.recipe, network, adapter)
     if loaded is not None:
@@ -152,7 +152,7 @@ def read_inputs(
             check_weights(network, loaded)
         except ValueError as error:
             reason = f"contradicts the flags (--weight_bit, --split) or the recipe: {error}"
-            raise ValueError(f"--resume_w {args.cali_ckpt}: {reason}") from error
+            raise ValueError(f"--resume_w {options.cali_ckpt}: {reason}") from error
     return Inputs(loaded, recipe, trajectories)
 
 
@@ -168,7 +168,7 @@ def _check_path(plan: QuantizationPlan, trajectories: Trajectories | None, path:
         try:
             Rollouts(trajectories, made)
         except ValueError as error:
-            raise ValueError(f"--cali_data_path {plan.args.cali_data_path}: {error}") from error
+            raise ValueError(f"--cali_data_path {plan.options.cali_data_path}: {error}") from error
 
 
 def _check_layers(recipe: Recipe, network: nn.Module, adapter: Adapter) -> None:
@@ -217,24 +217,24 @@ def calibrate_and_write(
     is written, finished units lie in `folder`/calibration, and a run that was killed goes on with the next, or
     with the result if that was written. Of a team's processes the leading one writes; all return the same network.
     """
-    args, unfinished, finished, team = plan.args, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
+    options, unfinished, finished, team = plan.options, folder / RECORD_NAME, folder / CHECKPOINT_NAME, team or Team()
     if team.broadcast(finished.exists()):
         logger.info("%s: calibrated before the interruption", finished)
         if team.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         return load_checkpoint(finished).network
     trajectories = inputs.trajectories or _recorded(record, plan.recipe.selector.seeds, unfinished, team)
-    provenance = {"seed": args.seed, **provenance}
+    provenance = {"seed": options.seed, **provenance}
     device = next(float_network.parameters()).device
     settings = CalibrationSettings(
-        seed=args.seed,
+        seed=options.seed,
         folder=unfinished,
-        max_memory=args.max_memory or MemoryLimits(),
-        scratch=args.scratch or folder,
-        matmul_precision=args.calibration_products,
-        progress=CalibrationLog(folder, device, args.tensorboard) if team.is_main else None,
+        max_memory=options.max_memory or MemoryLimits(),
+        scratch=options.scratch or folder,
+        matmul_precision=options.calibration_products,
+        progress=CalibrationLog(folder, device, options.tensorboard) if team.is_main else None,
         team=team,
-        provenance=provenance | {"weights": str(args.cali_ckpt)},
+        provenance=provenance | {"weights": str(options.cali_ckpt)},
     )
     run = calibrate_network(float_network, adapter, plan.recipe, trajectories, settings, path, inputs.loaded)
     logger.info("device: %s", describe_device(run.network))
@@ -275,7 +275,7 @@ def _recorded(record: Callable[[int], Trajectories], count: int, unfinished: Pat
 
 
 def load_calibrated(
-    args: argparse.Namespace, build: Callable[[], nn.Module], adapter: Adapter
+    options: QuantizationOptions, build: Callable[[], nn.Module], adapter: Adapter
 ) -> tuple[nn.Module, Recipe]:
     """The calibrated network that --cali_ckpt names, on the CPU; activations only with --quant_act and no --resume_w.
 
@@ -283,24 +283,24 @@ def load_calibrated(
     uses: without activations where they stay float. Raises FileNotFoundError, or ValueError naming the flag and the
     file where they contradict each other, or what is wrong with the file.
     """
-    path, activations = args.cali_ckpt, args.quant_act and not args.resume_w
+    path, activations = options.cali_ckpt, options.quant_act and not options.resume_w
     if not path.is_file():
         raise FileNotFoundError(f"--cali_ckpt {path}: no such file")
     if path.suffix == ".safetensors":
-        return _load_native(args, path, build, adapter, activations)
-    options = method_options(args)
-    bits = options.act_bits if activations else None
+        return _load_native(options, path, build, adapter, activations)
+    made = method_options(options)
+    bits = made.act_bits if activations else None
     network = build()
-    flags = (options.weight_bits, bits, options.act_symmetric, options.softmax_bits, options.split)
+    flags = (made.weight_bits, bits, made.act_symmetric, made.softmax_bits, made.split)
     network, found = load_published(path, network, adapter, published_recipe(*flags, adapter, network))
-    _check_given_flags(args, path, found, adapter, network)  # a file of ours brings its own recipe
+    _check_given_flags(options, path, found, adapter, network)  # a file of ours brings its own recipe
     return network, found
 
 
 def _load_native(
-    args: argparse.Namespace, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
+    options: QuantizationOptions, path: Path, build: Callable[[], nn.Module], adapter: Adapter, activations: bool
 ) -> tuple[nn.Module, Recipe]:
-    if keeps_codes(getattr(args, "runtime", "simulate"), getattr(args, "prefer", "speed")):
+    if keeps_codes(options.runtime, options.prefer):
         found = load_integer(path, activations=activations)
     else:
         found = load_checkpoint(path)
@@ -321,25 +321,25 @@ def _load_native(
         recipe = replace(recipe, activations=None, softmax=None)
         for quantizer in act_quantizers(found.network).values():
             quantizer.enabled = False
-    _check_given_flags(args, path, recipe, found.adapter, found.network)
+    _check_given_flags(options, path, recipe, found.adapter, found.network)
     return found.network, recipe
 
 
 def _check_given_flags(
-    args: argparse.Namespace, path: Path, recipe: Recipe, adapter: Adapter, network: nn.Module
+    options: QuantizationOptions, path: Path, recipe: Recipe, adapter: Adapter, network: nn.Module
 ) -> None:
     """A file with its recipe knows its own bits and grids: flags may be left out, those given must agree."""
-    held = [("weight_bit", args.weight_bit, (recipe.weights.bits,))]
+    held = [("weight_bit", options.weight_bit, (recipe.weights.bits,))]
     if recipe.activations is not None:
-        held.append(("act_bit", args.act_bit, (recipe.activations.bits,)))
+        held.append(("act_bit", options.act_bit, (recipe.activations.bits,)))
         softmax_bits = (softmax_spec(recipe).bits, original_softmax_bits(recipe, adapter, network))
-        held.append(("sm_abit", args.sm_abit, softmax_bits))
-        if args.a_sym and recipe.activations.kind != "signed":
+        held.append(("sm_abit", options.sm_abit, softmax_bits))
+        if options.a_sym and recipe.activations.kind != "signed":
             raise ValueError(f"--a_sym: contradicts {path}, whose activations are not symmetric")
     for flag, given, has in held:
         if given is not None and given not in has:
             raise ValueError(f"--{flag} {given}: contradicts {path}, which has {has[0]} bits")
-    if args.split and not recipe.split_shortcuts:
+    if options.split and not recipe.split_shortcuts:
         raise ValueError(f"--split: contradicts {path}, whose shortcuts are not split")
 
 

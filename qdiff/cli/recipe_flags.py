@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qdiff.calibration.store import MemoryLimits
 from qdiff.cli.errors import told
 from qdiff.cli.parser import memory_limits, number, whole
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
@@ -100,86 +102,136 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help=events)
 
 
-def warn_without_effect(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What the quantization flags say, each under the flag's name; None where the method decides.
+
+    family: of the model, "pixel", "latent" or "text". The fields from `seed` on are those of all commands.
+    """
+
+    ptq: bool = False
+    quant_act: bool = False
+    weight_bit: int | None = None
+    act_bit: int | None = None
+    sm_abit: int | None = None
+    a_sym: bool = False
+    split: bool = False
+    quant_mode: str = "qdiff"
+    method: str | None = None
+    recipe: Path | None = None
+    set: Sequence[str] | None = None
+    running_stat: bool = False
+    rs_sm_only: bool = False
+    a_min_max: bool = False
+    rounding_start: str | None = None
+    compat: Sequence[str] = ()
+    cali_st: int | None = None
+    cali_n: int | None = None
+    cali_batch_size: int | None = None
+    cali_iters: int | None = None
+    cali_iters_a: int | None = None
+    cali_lr: float | None = None
+    cali_p: float | None = None
+    cali_data_path: Path | None = None
+    cali_ckpt: Path | None = None
+    resume: bool = False
+    resume_w: bool = False
+    max_memory: MemoryLimits | None = None
+    scratch: Path | None = None
+    calibration_products: str = "float32"
+    tensorboard: bool = False
+    family: str | None = None
+    seed: int = 0
+    runtime: str = "simulate"
+    prefer: str = "speed"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> QuantizationOptions:
+        """Of parsed flags; what a command does not have keeps its default."""
+        given = vars(args)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+
+
+def warn_without_effect(options: QuantizationOptions) -> None:
     """Say which flags about activations do nothing because --quant_act is missing."""
-    given = [f"--{name}" for name in ("act_bit", "sm_abit", "a_sym") if getattr(args, name)]
-    if args.ptq and not args.quant_act and args.recipe is None and given:
+    given = [f"--{name}" for name in ("act_bit", "sm_abit", "a_sym") if getattr(options, name)]
+    if options.ptq and not options.quant_act and options.recipe is None and given:
         logger.warning("%s: no effect without --quant_act, activations stay float", ", ".join(given))
 
 
-def method_options(args: argparse.Namespace) -> MethodOptions:
+def method_options(options: QuantizationOptions) -> MethodOptions:
     """The flags as options; the original scripts' defaults where neither --method nor --recipe is given."""
     given: dict[str, Any] = {
-        "weight_bits": args.weight_bit,
-        "act_bits": (args.act_bit if args.act_bit is not None else 8) if args.quant_act else None,
-        "act_symmetric": args.a_sym,
-        "softmax_bits": args.sm_abit,
-        "split": args.split,
-        "selector_steps": args.cali_st,
-        "per_step": args.cali_n,
-        "batch_size": args.cali_batch_size,
-        "iterations": args.cali_iters,
-        "act_iterations": args.cali_iters_a,
-        "act_rate": args.cali_lr,
-        "loss_p": args.cali_p,
-        "running_stat": args.running_stat,
-        "softmax_running_stat": args.rs_sm_only,
-        "act_range": "minmax" if args.a_min_max else None,
-        "family": getattr(args, "family", None),
-        "rounding_start": args.rounding_start,
-        "compat": tuple(args.compat),
+        "weight_bits": options.weight_bit,
+        "act_bits": (options.act_bit if options.act_bit is not None else 8) if options.quant_act else None,
+        "act_symmetric": options.a_sym,
+        "softmax_bits": options.sm_abit,
+        "split": options.split,
+        "selector_steps": options.cali_st,
+        "per_step": options.cali_n,
+        "batch_size": options.cali_batch_size,
+        "iterations": options.cali_iters,
+        "act_iterations": options.cali_iters_a,
+        "act_rate": options.cali_lr,
+        "loss_p": options.cali_p,
+        "running_stat": options.running_stat,
+        "softmax_running_stat": options.rs_sm_only,
+        "act_range": "minmax" if options.a_min_max else None,
+        "family": options.family,
+        "rounding_start": options.rounding_start,
+        "compat": tuple(options.compat),
     }
-    options = replace(MethodOptions(), **{name: value for name, value in given.items() if value is not None})
-    if args.method is None:
-        missing = {k: v for k, v in ORIGINAL_DEFAULTS.items() if getattr(options, k) is None}
-        options = replace(options, **missing)
-    return options
+    made = replace(MethodOptions(), **{name: value for name, value in given.items() if value is not None})
+    if options.method is None:
+        missing = {k: v for k, v in ORIGINAL_DEFAULTS.items() if getattr(made, k) is None}
+        made = replace(made, **missing)
+    return made
 
 
-def chosen_recipe(args: argparse.Namespace) -> Recipe:
+def chosen_recipe(options: QuantizationOptions) -> Recipe:
     """The recipe that --recipe, --method or --quant_mode asks for, changed by --set.
 
     Bit widths, --a_sym, --split, --cali_st and --cali_n given beside --recipe replace the recipe's. Raises ValueError
     naming what is wrong.
     """
-    if args.set and args.cali_ckpt is not None and not args.resume_w:
-        raise ValueError(f"--set: changes a calibration, and --cali_ckpt {args.cali_ckpt} is used as it is")
-    if args.recipe is None:
-        recipe = make_recipe(args.method or QUANT_MODES[args.quant_mode], method_options(args))
+    if options.set and options.cali_ckpt is not None and not options.resume_w:
+        raise ValueError(f"--set: changes a calibration, and --cali_ckpt {options.cali_ckpt} is used as it is")
+    if options.recipe is None:
+        recipe = make_recipe(options.method or QUANT_MODES[options.quant_mode], method_options(options))
     else:
-        recipe = _recipe_of_file(args)
-    if args.set:
-        recipe = apply_overrides(recipe, args.set)
+        recipe = _recipe_of_file(options)
+    if options.set:
+        recipe = apply_overrides(recipe, options.set)
     try:
         require_stages(recipe)
     except ValueError as error:
-        sources = [str(args.recipe)] * (args.recipe is not None) + ["--set"] * bool(args.set)
+        sources = [str(options.recipe)] * (options.recipe is not None) + ["--set"] * bool(options.set)
         raise ValueError(f"{' with '.join(sources) or recipe.name}: {told(error)}") from error
     return recipe
 
 
-def _recipe_of_file(args: argparse.Namespace) -> Recipe:
+def _recipe_of_file(options: QuantizationOptions) -> Recipe:
     """The recipe of --recipe, with what is given beside it. Raises ValueError naming what is wrong."""
-    args.recipe = find_shipped(args.recipe)
-    if not args.recipe.is_file():
-        raise FileNotFoundError(f"--recipe {args.recipe}: no such file")
+    path = find_shipped(options.recipe)
+    if not path.is_file():
+        raise FileNotFoundError(f"--recipe {path}: no such file")
     for name in HELD_BY_RECIPE:
-        if getattr(args, name):
-            raise ValueError(f"--{name}: the recipe holds it, so say it in {args.recipe}")
-    recipe = Recipe.load(args.recipe)
-    if args.quant_act and recipe.activations is None:
-        raise ValueError(f"--quant_act: contradicts {args.recipe}, which leaves activations float")
+        if getattr(options, name):
+            raise ValueError(f"--{name}: the recipe holds it, so say it in {path}")
+    recipe = Recipe.load(path)
+    if options.quant_act and recipe.activations is None:
+        raise ValueError(f"--quant_act: contradicts {path}, which leaves activations float")
     activations, softmax = recipe.activations, recipe.softmax
     if activations is not None:
-        activations = _with(activations, bits=args.act_bit, kind="signed" if args.a_sym else None)
-        softmax = softmax if args.sm_abit is None else _with(softmax_spec(recipe), bits=args.sm_abit)
+        activations = _with(activations, bits=options.act_bit, kind="signed" if options.a_sym else None)
+        softmax = softmax if options.sm_abit is None else _with(softmax_spec(recipe), bits=options.sm_abit)
     return replace(
         recipe,
-        weights=_with(recipe.weights, bits=args.weight_bit),
+        weights=_with(recipe.weights, bits=options.weight_bit),
         activations=activations,
         softmax=softmax,
-        split_shortcuts=recipe.split_shortcuts or args.split,
-        selector=_with(recipe.selector, steps=args.cali_st, per_step=args.cali_n),
+        split_shortcuts=recipe.split_shortcuts or options.split,
+        selector=_with(recipe.selector, steps=options.cali_st, per_step=options.cali_n),
     )
 
 

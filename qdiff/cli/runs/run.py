@@ -161,7 +161,7 @@ def _tell_of_start(plan: RunPlan, folder: Path, continued: bool, label: str, nee
     logger.info("%s model from %s", label, plan.args.cali_ckpt if pixel_alone else plan.source.weights())
     for note in plan.notes:
         logger.warning(note)
-    warn_without_effect(plan.args)
+    warn_without_effect(plan.quantization.options)
     warn_of_start(plan.pipeline)
 
 

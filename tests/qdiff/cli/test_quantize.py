@@ -10,7 +10,7 @@ from qdiff.checkpoints.native import load_checkpoint
 from qdiff.cli.flags import add_run_flags
 from qdiff.cli.parser import make_parser
 from qdiff.cli.quantize import calibrate_and_write, load_calibrated, plan_quantization, read_inputs
-from qdiff.cli.recipe_flags import add_quantization_flags
+from qdiff.cli.recipe_flags import QuantizationOptions, add_quantization_flags
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.recipe import Recipe
 from qdiff.recipes.stages import ActivationRanges, Reconstruct, WeightRanges
@@ -238,7 +238,9 @@ def test_what_was_calibrated_is_what_is_loaded(calibrated, models, read, assert_
 def test_without_quant_act_a_files_activations_stay_out(calibrated, models, file):
     network, folder = calibrated("transformer", *NEAREST, *ACTS)
     adapter, build, _ = models["transformer"]
-    loaded, recipe = load_calibrated(flags("--ptq", "--weight_bit", 4, "--cali_ckpt", folder / file), build, adapter)
+    loaded, recipe = load_calibrated(
+        QuantizationOptions.of(flags("--ptq", "--weight_bit", 4, "--cali_ckpt", folder / file)), build, adapter
+    )
     assert recipe.activations is None and not any(q.enabled for q in act_quantizers(loaded).values())
     for name, layer in quant_layers(network).items():
         assert torch.equal(layer.codes, quant_layers(loaded)[name].codes)
@@ -263,7 +265,7 @@ def test_flags_that_contradict_a_file_are_named(calibrated, models, file, given,
     _, folder = calibrated("transformer", *NEAREST, *ACTS)
     adapter, build, _ = models["transformer"]
     with pytest.raises(ValueError, match=f"^{message} .*{file}"):
-        load_calibrated(flags("--ptq", *given, "--cali_ckpt", folder / file), build, adapter)
+        load_calibrated(QuantizationOptions.of(flags("--ptq", *given, "--cali_ckpt", folder / file)), build, adapter)
 
 
 def test_a_file_without_activations_has_none_to_use(calibrated, models):
@@ -271,7 +273,11 @@ def test_a_file_without_activations_has_none_to_use(calibrated, models):
     adapter, build, _ = models["plain"]
     for file in ("ckpt.pth", "ckpt.safetensors"):
         with pytest.raises(ValueError, match=f"(--quant_act|act_bits): contradicts .*{file}, which holds no"):
-            load_calibrated(flags("--ptq", "--weight_bit", 4, *ACTS, "--cali_ckpt", folder / file), build, adapter)
+            load_calibrated(
+                QuantizationOptions.of(flags("--ptq", "--weight_bit", 4, *ACTS, "--cali_ckpt", folder / file)),
+                build,
+                adapter,
+            )
 
 
 @pytest.mark.parametrize("other", ["plain", "labels", "pixel"])
@@ -281,7 +287,9 @@ def test_a_file_of_another_model_is_refused(calibrated, models, other, file):
     _, folder = calibrated("transformer", *NEAREST)
     adapter, build, _ = models[other]
     with pytest.raises(ValueError, match=file) as error:
-        load_calibrated(flags("--ptq", "--weight_bit", 4, "--cali_ckpt", folder / file), build, adapter)
+        load_calibrated(
+            QuantizationOptions.of(flags("--ptq", "--weight_bit", 4, "--cali_ckpt", folder / file)), build, adapter
+        )
     assert "\n" not in str(error.value)
     if (other, file) == ("pixel", "ckpt.safetensors"):
         assert "made for a ldm model, the configuration is of a ddim one" in str(error.value)
@@ -333,7 +341,7 @@ def test_weights_that_contradict_a_recipe_are_refused(calibrated, read, tmp_path
 def test_a_missing_checkpoint_is_named(models):
     adapter, build, _ = models["plain"]
     with pytest.raises(FileNotFoundError, match="--cali_ckpt nowhere.pth: no such file"):
-        load_calibrated(flags("--ptq", "--cali_ckpt", "nowhere.pth"), build, adapter)
+        load_calibrated(QuantizationOptions.of(flags("--ptq", "--cali_ckpt", "nowhere.pth")), build, adapter)
 
 
 def test_what_ckpt_pth_cannot_express_is_said(calibrated, tmp_path, caplog):

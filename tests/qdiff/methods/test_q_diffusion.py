@@ -8,7 +8,7 @@ import torch
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.cli.parser import make_parser
-from qdiff.cli.recipe_flags import add_quantization_flags, chosen_recipe
+from qdiff.cli.recipe_flags import QuantizationOptions, add_quantization_flags, chosen_recipe
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.stages import ActivationRanges, RangeSpec, Reconstruct, WeightRanges
 
@@ -20,7 +20,7 @@ add_quantization_flags(PARSER)
 def recipe(*flags, family="latent"):
     args = PARSER.parse_args(["--ptq", "--quant_act", *map(str, flags)])
     args.family = family
-    return chosen_recipe(args)
+    return chosen_recipe(QuantizationOptions.of(args))
 
 
 def ranges(*flags, family="latent"):

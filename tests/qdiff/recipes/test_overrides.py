@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qdiff.cli.parser import make_parser
-from qdiff.cli.recipe_flags import add_quantization_flags, chosen_recipe
+from qdiff.cli.recipe_flags import QuantizationOptions, add_quantization_flags, chosen_recipe
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import QuantSpec, Recipe, Rule, Selector, StepGroups
@@ -186,7 +186,7 @@ def test_a_recipe_without_rules_or_stages_says_so():
 def recipe_of(*flags):
     parser = make_parser("")
     add_quantization_flags(parser)
-    return chosen_recipe(parser.parse_args([str(flag) for flag in flags]))
+    return chosen_recipe(QuantizationOptions.of(parser.parse_args([str(flag) for flag in flags])))
 
 
 @pytest.fixture
