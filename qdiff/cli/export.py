@@ -21,7 +21,7 @@ from torch import nn
 from qdiff.checkpoints.native import load_checkpoint, save_checkpoint
 from qdiff.checkpoints.qdiffusion import save_published
 from qdiff.cli.errors import told
-from qdiff.cli.models.network_only import NamedModel, add_named_model_flags, named_model
+from qdiff.cli.models.network_only import ModelOptions, NamedModel, add_named_model_flags, named_model
 from qdiff.cli.original import original_flags
 from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.quantize import load_calibrated
@@ -246,7 +246,7 @@ WRITERS: dict[str, Callable] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    model = named_model(args)
+    model = named_model(ModelOptions.of(args))
     check_args(args, model)
     path = output_path(args)
     source = read_source(args, model)

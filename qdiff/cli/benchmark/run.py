@@ -21,7 +21,7 @@ from qdiff.cli.benchmark.memory import in_own_process
 from qdiff.cli.benchmark.subject import Subject, load_subject
 from qdiff.cli.benchmark.timing import in_turn
 from qdiff.cli.flags import add_run_flags
-from qdiff.cli.models.network_only import add_named_model_flags, named_model
+from qdiff.cli.models.network_only import ModelOptions, add_named_model_flags, named_model
 from qdiff.cli.parser import whole
 from qdiff.cli.recipe_flags import bits_label
 from qdiff.deploy.deferred import weight_bytes
@@ -200,7 +200,7 @@ def packed_files(args: argparse.Namespace, subject: Subject, folder: Path) -> di
     """Packed checkpoints by the label of their bits: the one of --cali_ckpt, or new ones, rounded to nearest."""
     if args.cali_ckpt is not None:
         about = read_about(args.cali_ckpt)
-        named_model(args).check(args.cali_ckpt, about["family"], about["config"])
+        named_model(ModelOptions.of(args)).check(args.cali_ckpt, about["family"], about["config"])
         return {bits_label(Recipe.from_dict(about["recipe"])): args.cali_ckpt}
     found = {}
     for bits in dict.fromkeys(args.weight_bit or (8, 4)):
@@ -221,7 +221,9 @@ def benchmark_runs(args: argparse.Namespace, device: torch.device) -> dict[str, 
         subject, heard = load_subject(args, device), []
         needed = any(row in QUANTIZED for row in asked)
         files = packed_files(args, subject, Path(folder)) if needed else {}
-        inputs = tuple(tensor.to(device) for tensor in named_model(args).inputs(args.batch_size, args.seed))
+        inputs = tuple(
+            tensor.to(device) for tensor in named_model(ModelOptions.of(args)).inputs(args.batch_size, args.seed)
+        )
         bench = Bench(args, device, subject, inputs, files, heard)
         rows = bench.rows(asked)
         for row in rows:
@@ -255,7 +257,7 @@ def table(rows: Sequence[Row], times: dict[str, float], batch_size: int) -> list
 @torch.no_grad()
 def evaluate_alone(args: argparse.Namespace, what: str, path: Path | None) -> None:
     """Load one network on the CPU, float in the dtype `what` or packed by the runtime `what`, and evaluate it once."""
-    model = named_model(args)
+    model = named_model(ModelOptions.of(args))
     if path is None:
         dtype = getattr(torch, what)
         network = model.load().to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.cli.models.network_only import named_model
+from qdiff.cli.models.network_only import ModelOptions, named_model
 from qdiff.families import Adapter
 
 
@@ -35,7 +35,7 @@ class Subject:
 
 def load_subject(args: argparse.Namespace, device: torch.device) -> Subject:
     """The model that the flags name. Raises ValueError naming the flags where they name none."""
-    model = named_model(args)
+    model = named_model(ModelOptions.of(args))
     if model is None:
         raise ValueError("-r, --config: name a checkpoint, or a configuration")
     network = model.load().to(device).requires_grad_(False).eval()

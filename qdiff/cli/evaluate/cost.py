@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qdiff.checkpoints.native import PackedFile
-from qdiff.cli.models.network_only import named_model
+from qdiff.cli.models.network_only import ModelOptions, named_model
 from qdiff.evaluation.cost import Cost, cost_of, stored_bytes
 
 TABLE = [
@@ -30,12 +31,11 @@ def costs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Cost]:
 
     Nothing is computed and no float weights are needed. Raises ValueError naming the flag at fault.
     """
-    flags = {**vars(args), "random": True}
+    options = replace(ModelOptions.of(args), random=True)
     if args.resume_base is not None and args.resume_base.is_dir():
-        flags["resume_base"] = (
-            args.resume_base / "model"
-        )  # whether it is there or not: its configuration lies beside it
-    model = named_model(argparse.Namespace(**flags))
+        # Whether that file is there or not: its configuration lies beside it.
+        options = replace(options, resume_base=args.resume_base / "model")
+    model = named_model(options)
     if model is None:
         raise ValueError("--cost: name a model, by --config or -r")
     with torch.device("meta"):

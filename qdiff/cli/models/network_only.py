@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,39 @@ def add_named_model_flags(parser: argparse.ArgumentParser, random: bool = True) 
         group.add_argument("--random", action="store_true", help="random weights of the configuration's sizes")
 
 
-def named_model(args: argparse.Namespace) -> NamedModel | None:
-    """The model that the flags name, None where they name none. Raises ValueError naming what is wrong with them."""
-    if args.resume_base is None and args.config is None:
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the flags of `add_named_model_flags` say, each under the flag's name. H, W: of the images in pixels."""
+
+    config: Path | None = None
+    use_pretrained: bool = False
+    ckpt: Path | None = None
+    resume_base: Path | None = None
+    random: bool = False
+    seed: int = 0
+    H: int | None = None
+    W: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> ModelOptions:
+        """Of parsed flags; what a command does not have keeps its default."""
+        given = vars(args)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+
+
+def named_model(options: ModelOptions) -> NamedModel | None:
+    """The model that is named, None where none is. Raises ValueError naming the flag that is wrong."""
+    if options.resume_base is None and options.config is None:
         return None
-    random, seed = getattr(args, "random", False), getattr(args, "seed", 0)
-    sides = getattr(args, "H", None), getattr(args, "W", None)
     with flags_named(FLAGS):
-        if args.resume_base is not None or is_latent_config(args.config):
-            source = latent_model(args.resume_base, args.config, read=not random, no_weights=NO_LATENT_WEIGHTS)
+        if options.resume_base is not None or is_latent_config(options.config):
+            weights = {"read": not options.random, "no_weights": NO_LATENT_WEIGHTS}
+            source = latent_model(options.resume_base, options.config, **weights)
             build = source.build
-            shape = source.shape(*sides)
+            shape = source.shape(options.H, options.W)
         else:
-            source = pixel_model(args.config, args.ckpt, pretrained=args.use_pretrained, no_weights=NO_WEIGHTS)
-            build = partial(source.build, seed)
+            weights = {"pretrained": options.use_pretrained, "no_weights": NO_WEIGHTS}
+            source = pixel_model(options.config, options.ckpt, **weights)
+            build = partial(source.build, options.seed)
             shape = source.shape()
-    return NamedModel(source, shape, build, build if random else source.load_network)
+    return NamedModel(source, shape, build, build if options.random else source.load_network)
