@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qdiff.nn.grid import Grid
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.recipes.plain_data import brief
-from qdiff.utils.files import parse_json, save_safetensors, write_text
+from qdiff.utils.files import parse_json, read_metadata, save_safetensors, write_text
 
 PLAN = "plan.json"
 
@@ -171,9 +171,8 @@ def _differences(found: Any, wanted: Any, name: str) -> list[str]:
 
 
 def _about(path: Path) -> dict[str, Any]:
+    about = read_metadata(path, "piece of a calibration")
     try:
-        with safe_open(path, "pt") as file:
-            about = parse_json((file.metadata() or {})["qdiff"])
         return {"stage": int(about["stage"]), "unit": str(about["unit"]), "notes": dict(about["notes"])}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable piece of a calibration: {error}") from error

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from qdiff.utils.files import load_pickle, parse_json, save_safetensors
+from qdiff.utils.files import load_pickle, read_metadata, save_safetensors
 
 logger = logging.getLogger(__name__)
 FORMAT = "qdiff-trajectories-1"
@@ -121,12 +121,7 @@ def save_shard(trajectories: Trajectories, path: Path, provenance: dict) -> None
 
 def shard_provenance(path: Path) -> dict:
     """The provenance a shard was written with. Raises ValueError naming a file that is not a shard."""
-    try:
-        with safe_open(path, "pt") as shard:
-            about = parse_json((shard.metadata() or {}).get("qdiff", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable trajectory shard: {error}") from error
-    about = about if isinstance(about, dict) else {}
+    about = read_metadata(path, "trajectory shard")
     if about.get("format") != FORMAT or not isinstance(about.get("provenance"), dict):
         found = str(about.get("format") or "another safetensors file")[:60]
         raise ValueError(f"{path}: expected a trajectory shard ({FORMAT}), found {found}")

@@ -24,7 +24,7 @@ from qdiff.families import Adapter, adapter_for
 from qdiff.nn.layers import QuantAttention, QuantLayer, act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers
 from qdiff.recipes.recipe import Recipe
-from qdiff.utils.files import parse_json, save_safetensors
+from qdiff.utils.files import read_metadata, save_safetensors
 
 FORMAT = "qdiff-checkpoint-2"
 SEEN_BYTES = 2**26  # of a file, which stay in memory page by page until it is opened anew
@@ -133,12 +133,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with safe_open(path, "pt") as file:
-            about = parse_json((file.metadata() or {}).get("qdiff", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint (truncated, or of another kind): {error}") from error
-    about = about if isinstance(about, dict) else {}
+    about = read_metadata(path, "checkpoint (truncated, or of another kind)")
     if about.get("format") not in READABLE:
         found = str(about.get("format") or "a safetensors file without our metadata")[:60]
         raise ValueError(f"{path}: expected a calibrated checkpoint ({' or '.join(READABLE)}), found {found}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -116,6 +116,19 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
+
+
+def read_metadata(path: Path, what: str) -> dict[str, Any]:
+    """What one of our safetensors files says about itself, under "qdiff"; {} for one that says nothing.
+
+    what: what the file is meant to be, for messages. Raises ValueError naming a file that cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = parse_json((file.metadata() or {}).get("qdiff", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable {what}: {error}") from error
+    return about if isinstance(about, dict) else {}
 
 
 def read_json(path: Path) -> Any:

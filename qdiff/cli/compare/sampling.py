@@ -17,7 +17,7 @@ from qdiff.api.sampling import sample_batches
 from qdiff.cli.compare.plan import FLOAT, Comparison
 from qdiff.cli.models.any_family import LoadedModel
 from qdiff.families.diffusion import Call, LinearPath, run
-from qdiff.utils.files import parse_json, save_safetensors
+from qdiff.utils.files import read_metadata, save_safetensors
 from qdiff.utils.team import Team
 
 
@@ -128,8 +128,7 @@ def write_batch(path: Path, tensors: dict[str, Tensor], **notes: Any) -> None:
 
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a batch's file."""
-    with safe_open(path, "pt") as file:
-        return parse_json(file.metadata()["qdiff"])
+    return read_metadata(path, "batch of a comparison")
 
 
 def read_tensor(path: Path, name: str, count: int | None = None) -> Tensor:

@@ -141,6 +141,7 @@ def test_fewer_states_of_each_step(states):
     assert _fewer(states, None) is states
 
 
+@pytest.mark.long
 def test_it_starts_from_the_codes_there_are_after_compensation(network, adapter, states, timesteps):
     """Codes may be several steps from the float weight; a rate of 0 changes none."""
     still = Finetune(("*",), {"weight": Learn(0.0)}, iterations=2)

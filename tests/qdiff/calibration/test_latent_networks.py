@@ -184,6 +184,7 @@ def test_activation_ranges_cover_both_embeddings(run, latent_states):
     assert attention.to_q.act_quantizer.scale != attention.to_k.act_quantizer.scale
 
 
+@pytest.mark.long
 def test_what_a_network_is_conditioned_on_changes_its_calibration(run, latent_states):
     recipe = make_recipe("gptq", W4A8)
     data = latent_states("transformer")

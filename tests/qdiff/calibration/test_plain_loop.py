@@ -117,6 +117,7 @@ def learned(make_network, adapter, states):
     )
 
 
+@pytest.mark.long
 def test_products_in_half_precision_learn_too(learned):
     """They are full ones unless asked for."""
     half, full = learned(products="bfloat16"), learned()

@@ -186,6 +186,7 @@ def test_a_record_of_another_plan_is_refused_before_any_work(parts, timesteps, t
         calibrate(*parts("quick", "ddim"), timesteps, options=RunOptions(record=record, plan={"seed": 0}))
 
 
+@pytest.mark.long
 def test_the_order_of_definition_goes_on_too(parts, make_network, timesteps, tmp_path):
     """Where units learn before others that the network runs first: in a network of two levels."""
     _, adapter, recipe, data, seed = parts("q-diffusion", "ddim")

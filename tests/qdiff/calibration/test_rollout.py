@@ -148,7 +148,7 @@ def test_the_error_at_the_end_is_the_samplers_own(scene, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("gradient", "detach"), [("two_pass", True), ("exact", False), ("unrolled", False)])
-@pytest.mark.cases("two_pass-*", "exact-*-plms", "exact-*-ddim-eta-1", "unrolled-*-ddim")
+@pytest.mark.cases("two_pass-*-plms", "two_pass-*-ddim-eta-1", "exact-*-plms", "unrolled-*-ddim")
 def test_gradients_are_autograds(scene, sampler, gradient, detach):
     """Two passes: autograd where every call's input is detached. The reverse sweep and unrolling: all of it."""
     scene = scene(sampler)
@@ -232,6 +232,7 @@ def test_groups_of_one_step_are_output_reconstruction(scene):
             torch.testing.assert_close(loss, wanted, rtol=PRECISION, atol=0)
 
 
+@pytest.mark.long
 def test_without_the_factor_each_steps_own_coefficient_is_left(scene):
     """carry=False: the final gradient goes to every step as it is (the scalar set to 1)."""
     scene = scene("ddim", StepGroups(size=3))

@@ -107,6 +107,7 @@ def test_rounding_learns_too(rolled, untouched):
     assert max(changed) == 1 and all(layer.frozen for layer in quant_layers(after.network).values())
 
 
+@pytest.mark.long
 def test_quantized_starts_see_the_groups_before(rolled, whole):
     """The last group's error is the whole run's: smaller after learning from such starts than before."""
     before = rolled(replace(QUICK, start="quantized", learn={"scale": Learn(0.0)}, keep="always", iterations=1))

@@ -133,6 +133,7 @@ def test_weights_only(root, made, tmp_path, monkeypatch):
     assert "W4A32" in result.out and found != pictures(made[1])
 
 
+@pytest.mark.long
 def test_eight_bits_of_a_file_that_the_original_wrote(root, tmp_path, monkeypatch):
     """Nothing in it but the original's tensors."""
     monkeypatch.chdir(root)

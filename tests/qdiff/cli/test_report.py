@@ -72,6 +72,7 @@ def test_a_comparison(compared, tmp_path):
     assert rewritten(compared, tmp_path) == page
 
 
+@pytest.mark.long
 def test_a_comparison_with_a_measurement_beside_it(compared, tiny32, tmp_path):
     flags = ("--timesteps", 3, "--cali_st", 2, "--cali_n", 2, "--n_samples", 1, "--bits", 3, 4, "--outdir", "out")
     passed(call("sensitivity", *tiny32.model, *flags))

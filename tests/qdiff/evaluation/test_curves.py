@@ -60,6 +60,7 @@ def test_more_entries_make_a_higher_picture(tmp_path):
     assert many.width == one.width == 1100 and many.height > one.height
 
 
+@pytest.mark.long
 def test_the_same_picture_twice(tmp_path):
     for name in ("a.png", "b.png"):
         error_curves(TWO, tmp_path / name)

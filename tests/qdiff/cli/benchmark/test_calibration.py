@@ -61,6 +61,7 @@ def test_latent_models(latent, tmp_path, name):
     assert f"config {config}" in out
 
 
+@pytest.mark.long
 def test_a_latent_checkpoint(latent, tmp_path):
     found, _ = measured(tmp_path, "-r", latent.sd.folder, "--units", "middle_block.0", "--ranges", "minmax")
     assert found["units"][0]["w_ms"] > 0

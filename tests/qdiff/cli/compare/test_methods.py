@@ -137,6 +137,7 @@ def test_the_pictures(compared):
         assert picture.format == "PNG" and picture.width == 1100
 
 
+@pytest.mark.long
 def test_the_same_comparison_gives_the_same_images(tiny32, compared, inline, tmp_path):
     """Part of it again, in this process: the same numbers and the same checkpoint."""
     flags = ("--methods", "quick:2", "--a_sym", "--split", "--n_errors", 2)

@@ -277,6 +277,7 @@ def test_identical_images_are_said_to_be(tmp_path, folders):
     assert "40 of 40 images identical" in result.out
 
 
+@pytest.mark.long
 def test_intervals(tmp_path, folders):
     images, floats, _ = folders
     _, _, content = evaluate(tmp_path, images, "--float", floats)
@@ -304,6 +305,7 @@ def test_files(tmp_path, folders):
     assert result.out.count(str(images)) == 3 and (tmp_path / "out" / "run.log").is_file()
 
 
+@pytest.mark.long
 def test_what_is_kept_of_references(tmp_path, folders, monkeypatch):
     images, floats, _ = folders
     flags = (images, "--float", floats, "--metrics", "fd_float")

@@ -151,6 +151,7 @@ def test_the_same_command_gives_the_same_bytes(tiny, calibrated, tmp_path):
         assert min(plot.size) > 400
 
 
+@pytest.mark.long
 def test_another_seed_gives_other_images_and_codes(tiny, calibrated, tmp_path):
     run = sampled(tiny, tmp_path / "out", *tiny.w4a8, *tiny.quick, "--seed", 5)
     assert pictures(run) != pictures(calibrated.folder)
