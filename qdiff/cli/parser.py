@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from qdiff.calibration.store import MemoryLimits
 
@@ -26,6 +27,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (--help lists the flags)\n")
+
+
+Kind = TypeVar("Kind", bound="Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some flags say, typed: a subclass has a field of each flag's name, with its default."""
+
+    @classmethod
+    def of(cls: type[Kind], args: argparse.Namespace) -> Kind:
+        """Of parsed flags; what a command does not have keeps its default."""
+        given = vars(args)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

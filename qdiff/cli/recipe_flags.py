@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qdiff.calibration.store import MemoryLimits
 from qdiff.cli.errors import told
-from qdiff.cli.parser import memory_limits, number, whole
+from qdiff.cli.parser import Options, memory_limits, number, whole
 from qdiff.methods import METHODS, MethodOptions, make_recipe, require_stages
 from qdiff.recipes.overrides import apply_overrides
 from qdiff.recipes.recipe import COMPAT, Recipe, softmax_spec
@@ -103,7 +103,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class QuantizationOptions:
+class QuantizationOptions(Options):
     """What the quantization flags say, each under the flag's name; None where the method decides.
 
     family: of the model, "pixel", "latent" or "text". The fields from `seed` on are those of all commands.
@@ -144,12 +144,6 @@ class QuantizationOptions:
     seed: int = 0
     runtime: str = "simulate"
     prefer: str = "speed"
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> QuantizationOptions:
-        """Of parsed flags; what a command does not have keeps its default."""
-        given = vars(args)
-        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 def warn_without_effect(options: QuantizationOptions) -> None:

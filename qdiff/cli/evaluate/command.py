@@ -20,7 +20,7 @@ from torch_fidelity.registry import DATASETS_REGISTRY
 
 from qdiff.cli.command import print_plan, start_log
 from qdiff.cli.evaluate.cost import TABLE, costs, in_units, layers_csv
-from qdiff.cli.evaluate.metrics import DRAWS, METRICS, REFERENCE, WIDE_DRAWS, Judge, Subject
+from qdiff.cli.evaluate.metrics import DRAWS, METRICS, REFERENCE, WIDE_DRAWS, Judge, MetricOptions, Subject
 from qdiff.cli.evaluate.pairs import PAIRED, PROMPTED, Comparer
 from qdiff.cli.evaluate.report import csv_lines, left_out_lines, rows_of, table_of, write_csv, write_json
 from qdiff.cli.evaluate.samples import SamplingPlan, plan_sampling, sample_folders
@@ -185,8 +185,8 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         paths, floats, prompts = [folder], floats or sampled, prompts or plan.sampling.prompts
     float_images = None if floats is None else open_images(floats)
     cache = None if args.no_cache else Cache(args.cache or cache_folder())
-    judge = Judge(args, plan.device, reference, cache, images_beside(reference))
-    comparer = Comparer(args, plan.device)
+    judge = Judge(MetricOptions.of(args), plan.device, reference, cache, images_beside(reference))
+    comparer = Comparer(MetricOptions.of(args), plan.device)
     rows, left_out, digests = [], {}, {}
     for path, images in [(path, open_images(path)) for path in paths]:
         subject = Subject(images, float_images, prompts_of(path, images, prompts))
@@ -270,7 +270,7 @@ def prompts_of(path: Path, images: Images, prompts: tuple[str, ...] | None) -> t
 def warnings_of(subject: Subject, reference: Images | FileStatistics | None, judge: Judge) -> list[str]:
     """What to know before the numbers are compared with others."""
     images, found = subject.images, []
-    chosen = [METRICS[name] for name in judge.args.metrics if name in METRICS]
+    chosen = [METRICS[name] for name in judge.options.metrics if name in METRICS]
     networks = judge.weights()
     of_inception = [m.label for m in chosen if m.network == INCEPTION and m.kind in ("frechet", "score")]
     if INCEPTION in networks and of_inception and len(images) != PROTOCOL:
@@ -282,7 +282,7 @@ def warnings_of(subject: Subject, reference: Images | FileStatistics | None, jud
         found.append(f"{images.name}: {len(images)} images, fewer than features: {names} biased far upwards")
     if subject.reference is not None and len(subject.reference) != len(images):
         found.append(f"{images.name}: {len(images)} images, and {len(subject.reference)} float ones")
-    if subject.reference is not None and set(PAIRED) & set(judge.args.metrics):
+    if subject.reference is not None and set(PAIRED) & set(judge.options.metrics):
         found += unpaired(subject)
     if images.lossy or (isinstance(reference, Images) and reference.lossy):
         found.append(f"{images.name}: JPEG files; compression changes FID, and PNG files compare only with PNG files")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdiff.cli.parser import Options
 from qdiff.evaluation.cache import Cache
 from qdiff.evaluation.distances import (
     Features,
@@ -85,6 +87,24 @@ CALLED = {INCEPTION: "Inception", VGG: "VGG16"}
 
 
 @dataclass(frozen=True)
+class MetricOptions(Options):
+    """What evaluate.py's flags say about its metrics, each under the flag's name."""
+
+    metrics: Sequence[str] = ()
+    bootstrap: int | None = None
+    seed: int = 0
+    inception: Path | None = None
+    vgg: Path | None = None
+    lpips: Path | None = None
+    clip: Path | None = None
+    batch_size: int = 64
+    isc_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    prc_neighborhood: int = 3
+
+
+@dataclass(frozen=True)
 class Score:
     """A number, half of its 95 % interval where there is one, what it was taken against, and what else to know."""
 
@@ -118,7 +138,7 @@ class Judge:
     the progress of what takes long.
     """
 
-    args: argparse.Namespace
+    options: MetricOptions
     device: torch.device
     reference: Images | FileStatistics | None = None
     cache: Cache | None = None
@@ -129,7 +149,7 @@ class Judge:
     def scores(self, subject: Subject) -> tuple[list[Score], dict[str, str]]:
         """(the scores, metric -> why it is left out)."""
         found, left_out = [], {}
-        for name in self.args.metrics:
+        for name in self.options.metrics:
             try:
                 if name in METRICS:
                     found += self._of_features(METRICS[name], subject)
@@ -144,7 +164,7 @@ class Judge:
     def weights(self) -> dict[str, str]:
         """Network -> its file of weights, of those that are there."""
         found = {}
-        for metric in (METRICS[name] for name in self.args.metrics if name in METRICS):
+        for metric in (METRICS[name] for name in self.options.metrics if name in METRICS):
             with contextlib.suppress(NotThere):
                 found[metric.network] = str(self._extractor(metric.network).weights)
         return found
@@ -187,49 +207,49 @@ class Judge:
         """A network with all layers that the chosen metrics take. Raises NotThere without its weights."""
         if network == CIFAR10 and not has_bundled_models():
             raise NotThere("no bundled CIFAR-10 features: they are in the repository's folder models")
-        given = {INCEPTION: self.args.inception, VGG: self.args.vgg}.get(network)
+        given = {INCEPTION: self.options.inception, VGG: self.options.vgg}.get(network)
         weights = found_weights(network) if given is None else given
         if weights is None:
             raise NotThere(f"no {CALLED[network]} weights ({FLAGS[network]}, or once --download)")
-        wanted = (METRICS[name] for name in self.args.metrics if name in METRICS)
+        wanted = (METRICS[name] for name in self.options.metrics if name in METRICS)
         layers = dict.fromkeys(metric.layer for metric in wanted if metric.network == network)
-        return Extractor(network, tuple(layers), weights, self.device, self.args.batch_size)
+        return Extractor(network, tuple(layers), weights, self.device, self.options.batch_size)
 
     def _frechet(self, metric: Metric, own: ImageFeatures, other: Features) -> list[Score]:
         statistics = other.statistics(metric.layer)
         # Features first: statistics alone would forget them, and the interval takes them.
         features = own.features(metric.layer)
         value = frechet_distance(own.statistics(metric.layer), statistics)
-        draws, width = draws_of(self.args, WIDTHS[metric.layer]), None
+        draws, width = draws_of(self.options, WIDTHS[metric.layer]), None
         if draws > 1:
-            width = half_width(resampled_frechet_distances(features, statistics, draws, generator_of(self.args)))
+            width = half_width(resampled_frechet_distances(features, statistics, draws, generator_of(self.options)))
         count = "" if other.count is None else f"{other.count} images"
         return [Score(metric.name, metric.label, value, width, other.name, count or None)]
 
     def _score(self, metric: Metric, own: ImageFeatures, other: None) -> list[Score]:
-        logits, splits = own.features(metric.layer), self.args.isc_splits
+        logits, splits = own.features(metric.layer), self.options.isc_splits
         if len(logits) < splits:
             raise NotThere(f"{splits} splits, and there are {len(logits)} images; give --isc_splits")
         value, spread = inception_score(logits, splits)
-        draws, width = draws_of(self.args), None
+        draws, width = draws_of(self.options), None
         if draws > 1:
-            width = half_width(resampled_inception_scores(logits, splits, draws, generator_of(self.args)))
+            width = half_width(resampled_inception_scores(logits, splits, draws, generator_of(self.options)))
         return [Score(metric.name, metric.label, value, width, note=f"std of {splits} splits {spread:.6g}")]
 
     def _kernel(self, metric: Metric, own: ImageFeatures, other: Features) -> list[Score]:
-        subsets, size = self.args.kid_subsets, self.args.kid_subset_size
+        subsets, size = self.options.kid_subsets, self.options.kid_subset_size
         reference = other.features(metric.layer)
         value, spread = kernel_distance(own.features(metric.layer), reference, subsets, size)
         note = f"std of {subsets} subsets of {size} {spread:.6g}"
         return [Score(metric.name, metric.label, value, None, other.name, note)]
 
     def _manifolds(self, metric: Metric, own: ImageFeatures, other: Features) -> list[Score]:
-        reference, neighbours = other.features(metric.layer), self.args.prc_neighborhood
+        reference, neighbours = other.features(metric.layer), self.options.prc_neighborhood
         features = own.features(metric.layer)
         found = precision_recall(features, reference, neighbours)
         scores = []
         for what, share, count in zip(("precision", "recall"), found, (len(features), len(reference)), strict=True):
-            width = None if self.args.bootstrap == 0 else mean_half_width(_zeros_and_ones(share, count))
+            width = None if self.options.bootstrap == 0 else mean_half_width(_zeros_and_ones(share, count))
             label, note = f"{what} ({metric.label})", f"{neighbours} neighbours"
             scores.append(Score(f"{what}{metric.name.removeprefix('prc')}", label, share, width, other.name, note))
         return scores
@@ -263,13 +283,13 @@ def _zeros_and_ones(share: float, count: int) -> Tensor:
     return (torch.arange(count) < round(share * count)).double()
 
 
-def draws_of(args: argparse.Namespace, width: int = 1) -> int:
+def draws_of(options: MetricOptions, width: int = 1) -> int:
     """Resamples for an interval, of features of a width."""
-    if args.bootstrap is not None:
-        return args.bootstrap
+    if options.bootstrap is not None:
+        return options.bootstrap
     return DRAWS if width <= NARROW else WIDE_DRAWS
 
 
-def generator_of(args: argparse.Namespace) -> torch.Generator:
+def generator_of(options: MetricOptions) -> torch.Generator:
     """The same draws for every metric and subject."""
-    return torch.Generator().manual_seed(args.seed)
+    return torch.Generator().manual_seed(options.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qdiff.cli.evaluate.metrics import Score, Subject, draws_of, generator_of
+from qdiff.cli.evaluate.metrics import MetricOptions, Score, Subject, draws_of, generator_of
 from qdiff.evaluation.clip_score import ClipScore
 from qdiff.evaluation.distances import NotThere
 from qdiff.evaluation.features import IMAGE_SHAPE
@@ -40,7 +39,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # (images, float images), uint8 [N
 class Comparer:
     """Measures subjects image by image with the flags' tools, which are made once."""
 
-    args: argparse.Namespace
+    options: MetricOptions
     device: torch.device
     _tools: dict[str, Any] = field(default_factory=dict)
 
@@ -48,14 +47,14 @@ class Comparer:
         """(the scores, metric -> why it is left out)."""
         measures: dict[str, Measure] = {}
         found, left_out = [], {}
-        for name in (name for name in PAIRED if name in self.args.metrics):
+        for name in (name for name in PAIRED if name in self.options.metrics):
             try:
                 measures[name] = self._measure(name, subject)
             except NotThere as reason:
                 left_out[name] = str(reason)
         for name, values in _values(measures, subject).items():
             found += self._paired_scores(name, values, subject.reference.name)
-        for name in (name for name in PROMPTED if name in self.args.metrics):
+        for name in (name for name in PROMPTED if name in self.options.metrics):
             try:
                 values = self._prompted(name, subject)
                 found.append(Score(name, self._label(name), values.mean().item(), self._width(values), "prompts"))
@@ -82,7 +81,7 @@ class Comparer:
             if images.shape != IMAGE_SHAPE:
                 raise NotThere(f"CIFAR-10 features take images of 32x32, found {images.shape[2]}x{images.shape[1]}")
             return self._network(name, Cifar10Distance)
-        folder = lpips_folder(self.args.lpips)
+        folder = lpips_folder(self.options.lpips)
         if folder is None:
             raise NotThere(f"no LPIPS weights, {' and '.join(LPIPS_FILES)} (--lpips DIR)")
         return self._network(name, lambda: Lpips(folder))
@@ -106,10 +105,10 @@ class Comparer:
         """Scores of a value per pair; for PSNR those are mean squared errors."""
         if name != "psnr":
             return [Score(name, self._label(name), values.mean().item(), self._width(values), against)]
-        per_image, draws, width = decibels(values), draws_of(self.args), None
+        per_image, draws, width = decibels(values), draws_of(self.options), None
         pooled, mean = decibels(values.mean()).item(), per_image.mean().item()
         if draws > 1 and math.isfinite(pooled):
-            width = half_width(decibels(resampled_means(values, draws, generator_of(self.args))))
+            width = half_width(decibels(resampled_means(values, draws, generator_of(self.options))))
         identical = int((values == 0).sum())
         note = f"{identical} of {len(values)} images identical" if identical else None
         mean_width = self._width(per_image) if math.isfinite(mean) else None
@@ -119,10 +118,10 @@ class Comparer:
         ]
 
     def _width(self, values: Tensor) -> float | None:
-        return None if self.args.bootstrap == 0 or len(values) < 2 else mean_half_width(values)
+        return None if self.options.bootstrap == 0 or len(values) < 2 else mean_half_width(values)
 
     def _label(self, name: str) -> str:
-        return f"CLIP score ({self.args.clip.name})" if name == "clip" else LABELS[name]
+        return f"CLIP score ({self.options.clip.name})" if name == "clip" else LABELS[name]
 
     def _prompted(self, name: str, subject: Subject) -> Tensor:
         """[N] values of images with their prompts."""
@@ -133,9 +132,9 @@ class Comparer:
             raise NotThere(f"{len(images)} images and {len(prompts)} prompts")
         if name == "accuracy":
             return _named(subject)
-        if self.args.clip is None:
+        if self.options.clip is None:
             raise NotThere("no CLIP model (--clip DIR)")
-        clip, size = self._tool(name, lambda: ClipScore(self.args.clip, self.device)), self.args.batch_size
+        clip, size = self._tool(name, lambda: ClipScore(self.options.clip, self.device)), self.options.batch_size
         batches = enumerate(images.batches(size))
         return torch.cat([clip(batch, prompts[i * size : i * size + len(batch)]) for i, batch in batches])
 

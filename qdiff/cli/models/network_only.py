@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdiff.cli.models.any_family import FLAGS, NO_WEIGHTS
+from qdiff.cli.parser import Options
 from qdiff.families import Adapter
 from qdiff.families.open import is_latent_config, latent_model, pixel_model
 from qdiff.families.source import Source, check_same_network, inputs
@@ -69,7 +70,7 @@ def add_named_model_flags(parser: argparse.ArgumentParser, random: bool = True) 
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """What the flags of `add_named_model_flags` say, each under the flag's name. H, W: of the images in pixels."""
 
     config: Path | None = None
@@ -80,12 +81,6 @@ class ModelOptions:
     seed: int = 0
     H: int | None = None
     W: int | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> ModelOptions:
-        """Of parsed flags; what a command does not have keeps its default."""
-        given = vars(args)
-        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 def named_model(options: ModelOptions) -> NamedModel | None:

@@ -5,7 +5,6 @@ A module of its own, imported for --features alone: torch-fidelity and torchvisi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
+from qdiff.cli.runs.outputs import KeptOptions
 from qdiff.evaluation.extractors import CIFAR10, CIFAR10_LAYER, INCEPTION, POOLED, Extractor, found_weights
 from qdiff.evaluation.features import IMAGE_SHAPE
 from qdiff.evaluation.fidelity import Statistics, frechet_distance, load_train_statistics
@@ -25,30 +25,30 @@ from qdiff.utils.atomic import atomic
 NETWORKS = {"cifar10": (CIFAR10, CIFAR10_LAYER), "inception": (INCEPTION, POOLED)}
 
 
-def check_feature_flags(args: argparse.Namespace, shape: Sequence[int]) -> None:
+def check_feature_flags(options: KeptOptions, shape: Sequence[int]) -> None:
     """As `qdiff.cli.runs.outputs.check_kept_flags`, with --features given."""
-    if args.features == "cifar10" and tuple(shape) != IMAGE_SHAPE:
+    if options.features == "cifar10" and tuple(shape) != IMAGE_SHAPE:
         raise ValueError(f"--features cifar10: takes images of {list(IMAGE_SHAPE)}, the model makes {list(shape)}")
-    if _weights(args) is None:
+    if _weights(options) is None:
         raise ValueError("--features inception: no weights found; give --inception FILE (docs/protocol.md)")
-    if args.inception is not None and not args.inception.is_file():
-        raise FileNotFoundError(f"--inception {args.inception}: no such file")
+    if options.inception is not None and not options.inception.is_file():
+        raise FileNotFoundError(f"--inception {options.inception}: no such file")
 
 
-def _weights(args: argparse.Namespace) -> Path | None:
-    return args.inception or found_weights(NETWORKS[args.features][0])
+def _weights(options: KeptOptions) -> Path | None:
+    return options.inception or found_weights(NETWORKS[options.features][0])
 
 
 class Features:
     """Of one run: the network that makes them, loaded with the first images."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
+    def __init__(self, options: KeptOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
 
     @cached_property
     def _network(self) -> nn.Module:
-        name, layer = NETWORKS[self.args.features]
-        return Extractor(name, (layer,), _weights(self.args), self.device).load()
+        name, layer = NETWORKS[self.options.features]
+        return Extractor(name, (layer,), _weights(self.options), self.device).load()
 
     def of(self, images: Tensor) -> Tensor:
         """images: [N, C, H, W] in [0, 1]. Returns [N, features] float32."""
@@ -65,7 +65,7 @@ class Features:
         with atomic(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=found["mu"], sigma=found["sigma"], n=len(features))
         said = [f"{path}: of {len(features)} images"]
-        if self.args.features == "cifar10":
+        if self.options.features == "cifar10":
             own = Statistics(found["mu"], found["sigma"], len(features))
             said.append(f"{FD_NAME} to the training images: {frechet_distance(own, load_train_statistics()):.4f}")
         return said

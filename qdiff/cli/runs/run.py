@@ -20,7 +20,7 @@ from qdiff.cli.command import print_plan, start_log
 from qdiff.cli.models.conditioning import digest_of
 from qdiff.cli.quantize import Inputs, QuantizationPlan, calibrate_and_write, read_inputs, warn_of_other_sampler
 from qdiff.cli.recipe_flags import warn_without_effect
-from qdiff.cli.runs.outputs import Kept, describe_kept
+from qdiff.cli.runs.outputs import Kept, KeptOptions, describe_kept
 from qdiff.cli.runs.sampling import describe_runtime, open_run, prepared, warn_of_start
 from qdiff.evaluation.runs import LABELS_NAME, PROMPTS_NAME
 from qdiff.families.source import FloatModel, Sampling, Source, sample
@@ -65,7 +65,9 @@ class RunPlan:
 
     def kept(self, folder: Path) -> Kept:
         """What the run in `folder` keeps of its images."""
-        return Kept(self.args, folder, partial(self.path_of, folder), tuple(self.indices()), self.device)
+        return Kept(
+            KeptOptions.of(self.args), folder, partial(self.path_of, folder), tuple(self.indices()), self.device
+        )
 
     def paths(self, folder: Path) -> list[Path]:
         """Where all images lie."""
@@ -81,7 +83,7 @@ class RunPlan:
         rest = {
             **self.quantization.describe(),
             **describe_runtime(self.args),
-            **describe_kept(self.args, Path(self.picture).parent.as_posix()),
+            **describe_kept(KeptOptions.of(self.args), Path(self.picture).parent.as_posix()),
         }
         config = OmegaConf.to_container(self.source.config, resolve=True)
         if self.source.kind == "pixel":

@@ -19,7 +19,7 @@ from qdiff.cli.models.pixel import add_model_flags, add_sampling_flags, chosen_p
 from qdiff.cli.parser import make_parser, whole
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.recipe_flags import add_quantization_flags
-from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
+from qdiff.cli.runs.outputs import KeptOptions, add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute, write_images
 from qdiff.cli.team import start_team
 from qdiff.families.source import FloatModel
@@ -53,7 +53,7 @@ def make_plan(args: argparse.Namespace) -> RunPlan:
     quantization = plan_quantization(args, model.steps, f"--timesteps {args.timesteps}")
     device = choose_device(args.device)
     check_runtime_flags(args, device)
-    check_kept_flags(args, model.pipeline.shape)
+    check_kept_flags(KeptOptions.of(args), model.pipeline.shape)
     return RunPlan(
         args,
         model.source,

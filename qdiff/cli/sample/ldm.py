@@ -23,7 +23,7 @@ from qdiff.cli.models.conditioning import class_labels
 from qdiff.cli.parser import make_parser, number, whole
 from qdiff.cli.quantize import plan_quantization
 from qdiff.cli.recipe_flags import add_quantization_flags
-from qdiff.cli.runs.outputs import add_kept_flags, check_kept_flags
+from qdiff.cli.runs.outputs import KeptOptions, add_kept_flags, check_kept_flags
 from qdiff.cli.runs.run import RunPlan, execute
 from qdiff.cli.team import start_team
 from qdiff.families.ldm.conditioning import is_conditional, number_of_classes
@@ -106,7 +106,7 @@ def make_plan(args: argparse.Namespace) -> RunPlan:
     device = choose_device(args.device)
     check_runtime_flags(args, device)
     pixels = calibrating.pipeline.shape[1] * downsampling(source.config)
-    check_kept_flags(args, (colours(source.config), pixels, pixels))
+    check_kept_flags(KeptOptions.of(args), (colours(source.config), pixels, pixels))
     return RunPlan(
         args,
         source,
