@@ -31,7 +31,7 @@ setup(
     entry_points={"console_scripts": ["qdiff = qdiff.cli.main:run"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "torchvision",
         "numpy",
         "omegaconf",

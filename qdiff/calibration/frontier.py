@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.calibration.store import Column, Rows, Store, map_leaves, plain
+from qdiff.calibration.store import Column, Rows, Store, map_leaves, read_rows
 from qdiff.nn.family import Adapter, Segment
 
 
@@ -76,7 +76,7 @@ class Frontier:
 
     def arguments(self, segment: Segment, rows: slice | Tensor) -> tuple[Tensor, ...]:
         """What the segment's module is called with for some samples, where the frontier stands before it."""
-        return plain(segment.read(self.state(rows)))
+        return read_rows(segment.read(self.state(rows)))
 
     def _advance(self) -> None:
         segment = self.adapter.chain(self.network)[self._position]
@@ -86,7 +86,7 @@ class Frontier:
             state = self.state(rows)
             if known is not None:
                 return segment.write(state, Rows(known, rows))  # the column itself becomes part of the states
-            return segment.write(state, self.run(segment.module, plain(segment.read(state)), self.t[rows]))
+            return segment.write(state, self.run(segment.module, read_rows(segment.read(state)), self.t[rows]))
 
         self._state = self._stored(after)
         self._position, self._outputs = self._position + 1, None
@@ -130,7 +130,7 @@ class Frontier:
         """The segment's module's output, [N, ...] over all samples; the frontier stays before the segment."""
         return torch.cat([output for _, output in self.batch_outputs(name)])
 
-    def kept_outputs(self, name: str) -> Column:
+    def cached_outputs(self, name: str) -> Column:
         """The same in the store. The next step takes them instead of running the module again, which therefore must
         not change: for float networks."""
         self.seek(name)
@@ -142,7 +142,7 @@ class Frontier:
         return self._outputs
 
 
-class PlainFrontier(Frontier):
+class BaselineFrontier(Frontier):
     """The same states as the original code gets them: every segment's by a run of the whole prefix, nothing kept from
     one segment to the next. The baseline of benchmarks and tests."""
 

@@ -85,16 +85,16 @@ def find_activation_ranges(run: Calibration, stage: ActivationRanges, number: in
     others = {n: q for n, q in quantizers.items() if n not in softmax}
     raw_min = "raw_min_range" in run.recipe.compat
     batches = list(_range_states(run, stage, generator).batches(stage.range.batch_size))
-    plain = RangeObserver(stage.range, generator, raw_min)
+    observer = RangeObserver(stage.range, generator, raw_min)
     special = RangeObserver(stage.softmax or stage.range, generator, raw_min)
     parameter = next(run.network.parameters())
     run.progress.start("activation ranges", len(batches))
-    with observing(others.values(), plain), observing(softmax.values(), special):
+    with observing(others.values(), observer), observing(softmax.values(), special):
         for batch in batches:
             batch = batch.to(parameter)
             run.network(batch.x, batch.t, **run.adapter.conditioning(run.network, batch.context))
             run.progress.advance()
-    plain.finish(others.items())
+    observer.finish(others.items())
     special.finish(softmax.items())
     run.keep(number, modules=list(quantizers))
     run.progress.finish()
@@ -198,21 +198,23 @@ class _Learner:
         return attempt.finish(error_before, self._error(name, data), stage.keep, stage.iterations, losses)
 
     def _data(self, name: str) -> UnitData:
-        plain, quantized = self.frontiers()
+        float_frontier, quantized = self.frontiers()
         sources: dict[str, Callable[[Tensor], tuple[Tensor, ...]] | None] = {"quantized": None, "float_": None}
         needs_float = self.stage.inputs != "quantized" or self.stage.loss.taps
-        for key, frontier in (("quantized", quantized), ("float_", plain if needs_float else None)):
+        for key, frontier in (("quantized", quantized), ("float_", float_frontier if needs_float else None)):
             if frontier is not None:
                 segment = frontier.seek(name)
                 sources[key] = lambda index, f=frontier, s=segment: f.arguments(s, index)
-        target = plain.kept_outputs(name)
-        return UnitData(**sources, target=target, t=plain.t, on_device=not self.run.store.has_spilled())
+        target = float_frontier.cached_outputs(name)
+        return UnitData(**sources, target=target, t=float_frontier.t, on_device=not self.run.store.has_spilled())
 
     @torch.no_grad()
     def _error(self, name: str, data: UnitData) -> float:
         """Mean squared error of the unit's output over all samples, inputs as the stage's prefix says."""
-        plain, quantized = self.frontiers()
-        source, frontier = (data.float_, plain) if self.stage.inputs == "float" else (data.quantized, quantized)
+        float_frontier, quantized = self.frontiers()
+        source, frontier = (
+            (data.float_, float_frontier) if self.stage.inputs == "float" else (data.quantized, quantized)
+        )
         module, total = self.run.segment(name).module, 0.0
         for rows in frontier.slices:
             index = torch.arange(rows.start, rows.stop, device=data.t.device)
@@ -241,18 +243,18 @@ def correct_biases(run: Calibration, stage: CorrectBias, number: int = 0) -> Non
     for name in names:
         if run.restore(number, name) is None:
             frontiers = frontiers or tuple(run.frontier(n, stage.batch_size) for n in (run.float_network, run.network))
-            plain, quantized = frontiers
+            float_frontier, quantized = frontiers
             _, layer = execution_order(quantized, name)[-1]
             if layer.bias is not None:
-                layer.bias.sub_(_mean_error(quantized, plain, name, layer.channel_axis))
+                layer.bias.sub_(_mean_error(quantized, float_frontier, name, layer.channel_axis))
             run.keep(number, name)
         run.progress.advance(note=name)
     run.progress.finish()
 
 
-def _mean_error(quantized: Frontier, plain: Frontier, name: str, channel_axis: int) -> Tensor:
+def _mean_error(quantized: Frontier, float_frontier: Frontier, name: str, channel_axis: int) -> Tensor:
     """[C], the mean over all samples and positions of what the unit's output has too much."""
-    aims = plain.kept_outputs(name)
+    aims = float_frontier.cached_outputs(name)
     total, count = 0.0, 0
     for rows, output in quantized.batch_outputs(name):
         error = (output - aims[rows]).movedim(channel_axis, -1).flatten(0, -2)

@@ -115,12 +115,12 @@ class Rows:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
+        return func(*map(read_rows, args), **{key: read_rows(value) for key, value in (kwargs or {}).items()})
 
 
 def _operator(name: str) -> Callable:
     def apply(self: Rows, *others: Any) -> Any:
-        return getattr(self.tensor, name)(*map(plain, others))
+        return getattr(self.tensor, name)(*map(read_rows, others))
 
     return apply
 
@@ -130,12 +130,12 @@ for _name in (*_BINARY, *(f"r{n}" for n in _BINARY), "neg", "abs", "lt", "le", "
     setattr(Rows, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks these up on the type alone
 
 
-def plain(value: Any) -> Any:
+def read_rows(value: Any) -> Any:
     """The value with rows read into tensors, also inside lists and tuples."""
     if isinstance(value, Rows):
         return value.tensor
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
+        return type(value)(map(read_rows, value))
     return value
 
 

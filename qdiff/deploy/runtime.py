@@ -90,9 +90,8 @@ def load(
         found = load_integer(path, attention)
     else:
         found = load_checkpoint(path)
-    return prepare(
-        *(found.network, found.adapter, runtime), device=device, prefer=prefer, attention=attention, report=report
-    )
+    options = {"device": device, "prefer": prefer, "attention": attention, "report": report}
+    return prepare(found.network, found.adapter, runtime, **options)
 
 
 def keeps_codes(runtime: str, prefer: str = "speed") -> bool:

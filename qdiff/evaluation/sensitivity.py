@@ -18,7 +18,7 @@ from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.frontier import Frontier
 from qdiff.calibration.rollout import Path, Rollouts
 from qdiff.calibration.selectors import CalibrationSet, gather
-from qdiff.calibration.store import map_leaves, plain
+from qdiff.calibration.store import map_leaves, read_rows
 from qdiff.checkpoints.packing import packed_bytes
 from qdiff.evaluation.cost import cost_of
 from qdiff.nn.family import Adapter
@@ -115,10 +115,10 @@ def measure(
         end.append(torch.stack([error for _, error in found]))
         tick(name)
     layers = tuple(tuple(_layer_names(quantized[0], name)) for name in costs.units)
+    errors, at_the_end = torch.stack(single), torch.stack(end)
+    steps, carried = tuple(timesteps.tolist()), _carried(rollouts.path, len(timesteps))
     return Sensitivity(
-        *(costs.units, layers, tuple(recipes), tuple(timesteps.tolist())),
-        *(torch.stack(single), torch.stack(end), _carried(rollouts.path, len(timesteps))),
-        *(costs.stored, costs.products),
+        costs.units, layers, tuple(recipes), steps, errors, at_the_end, carried, costs.stored, costs.products
     )
 
 
@@ -158,7 +158,7 @@ def _predictions(frontier: Frontier, name: str, module: nn.Module, network: nn.M
         t = frontier.t[rows]
         with network.step_table.at(t):
             output = module(*frontier.arguments(segment, rows))
-        state = segment.write(map_leaves(frontier.state(rows), plain), output)
+        state = segment.write(map_leaves(frontier.state(rows), read_rows), output)
         for later in rest:
             state = later(state)
         yield state.h

@@ -17,11 +17,11 @@ from torch import nn
 
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.context import Calibration, RunOptions
-from qdiff.calibration.frontier import Frontier, PlainFrontier
+from qdiff.calibration.frontier import BaselineFrontier, Frontier
 from qdiff.calibration.loop import UnitData, UnitTask, optimise, parameter_groups
 from qdiff.calibration.selectors import CalibrationSet
 from qdiff.calibration.stages import find_activation_ranges, find_weight_ranges
-from qdiff.cli.benchmark.plain_calibration import Counter, counting, plain_optimise
+from qdiff.cli.benchmark.plain_calibration import Counter, baseline_optimise, counting
 from qdiff.cli.benchmark.subject import Subject, load_subject
 from qdiff.cli.benchmark.timing import seconds_of, synchronize
 from qdiff.cli.flags import add_run_flags
@@ -151,7 +151,7 @@ class Bench:
             for name in self.run.executed_units():
                 frontier.seek(name)
                 if is_float:
-                    frontier.kept_outputs(name)
+                    frontier.cached_outputs(name)
 
         return spent(work, self.device, counter)
 
@@ -162,7 +162,7 @@ class Bench:
             row = {"what": f"capture, {what}"} | self.capture(Frontier, network)
             row["per_unit"] = row["seconds"] * scale
             if self.args.against:
-                row |= {f"plain_{key}": value for key, value in self.capture(PlainFrontier, network).items()}
+                row |= {f"plain_{key}": value for key, value in self.capture(BaselineFrontier, network).items()}
             rows.append(row)
         if self.args.against:
             keys = [key for key in rows[0] if key not in ("what", "per_unit")]
@@ -179,14 +179,14 @@ class Bench:
 
     def unit_times(self, key: str, stage: Reconstruct, name: str, frontiers: list[Frontier]) -> dict[str, float]:
         """Median milliseconds of some rounds, in turn with the plain loop; {} where the stage has nothing to learn."""
-        target, source = frontiers[0].kept_outputs(name), frontiers[-1]
+        target, source = frontiers[0].cached_outputs(name), frontiers[-1]
         segment = source.seek(name)
 
         def arguments(index: Any) -> tuple:
             return source.arguments(segment, index)
 
         data = UnitData(arguments, arguments, target, source.t, not self.run.store.has_spilled())
-        loops = {"": optimise} | ({"_plain": plain_optimise} if self.args.against else {})
+        loops = {"": optimise} | ({"_plain": baseline_optimise} if self.args.against else {})
         found: dict[str, list[tuple[float, float]]] = {label: [] for label in loops}
         for turn in range(ROUNDS):  # the first one starts as long a loop as the published one
             timed = stage if turn == 0 else replace(stage, iterations=LATER)
@@ -233,7 +233,9 @@ class Bench:
 def options_of(args: argparse.Namespace, subject: Subject, **more: Any) -> MethodOptions:
     """A method's options by the flags: symmetric activations and split shortcuts, as published."""
     return MethodOptions(
-        *(args.weight_bit, args.act_bit, True),
+        args.weight_bit,
+        args.act_bit,
+        act_symmetric=True,
         split=True,
         selector_steps=args.cali_st,
         per_step=args.cali_n,
@@ -251,7 +253,7 @@ def compare(args: argparse.Namespace, subject: Subject, data: CalibrationSet) ->
     recipe = make_recipe(args.method, options_of(args, subject, **shares))
     device, runs, row = next(subject.network.parameters()).device, [], {"what": f"whole calibration, {recipe.name}"}
     products = "bfloat16" if args.products == "bfloat16" else "float32"
-    for label, kind, loop in (("", Frontier, optimise), ("plain_", PlainFrontier, plain_optimise)):
+    for label, kind, loop in (("", Frontier, optimise), ("plain_", BaselineFrontier, baseline_optimise)):
         counter = Counter()
         options = RunOptions(products=products, frontier=counting(kind, counter), optimise=loop)
 

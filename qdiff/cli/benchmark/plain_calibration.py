@@ -17,7 +17,7 @@ from qdiff.nn.grid import MIN_SCALE
 from qdiff.utils.team import Team
 
 
-def plain_optimise(
+def baseline_optimise(
     task: UnitTask,
     generator: torch.Generator,
     tick: Callable[[float], None] = lambda loss: None,

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.context import RUN_BATCH
-from qdiff.calibration.frontier import Frontier, PlainFrontier
+from qdiff.calibration.frontier import BaselineFrontier, Frontier
 from qdiff.calibration.store import Column, MemoryLimits, Store, map_leaves
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.recipes.recipe import QuantSpec, Recipe, StepGroups
@@ -190,7 +190,7 @@ def assert_limits_change_nothing(network, adapter, data, tmp_path):
     }
     for segment in adapter.chain(network):
         inputs, outputs = plain.inputs(segment.name), plain.outputs(segment.name)
-        kept = plain.kept_outputs(segment.name)[slice(0, len(data))]
+        kept = plain.cached_outputs(segment.name)[slice(0, len(data))]
         assert torch.equal(kept, outputs)
         for frontier in others.values():
             assert all(torch.equal(a, b) for a, b in zip(frontier.inputs(segment.name), inputs, strict=True))
@@ -221,7 +221,7 @@ def test_outputs_that_were_kept_are_the_next_states(make_latent, latent_adapter,
     for segment in latent_adapter.chain(network):
         expected = running.inputs(segment.name)
         assert all(torch.equal(a, b) for a, b in zip(keeping.inputs(segment.name), expected, strict=True))
-        keeping.kept_outputs(segment.name)
+        keeping.cached_outputs(segment.name)
     last = segment.name
     assert torch.equal(keeping.outputs(last), running.outputs(last))
     assert keeping.store.peak["host"] <= running.store.peak["host"]
@@ -267,7 +267,7 @@ def test_only_the_states_are_held(make_latent, latent_adapter, latent_states, wi
         held: dict[int, torch.Tensor] = {}
         map_leaves(state, lambda leaf, held=held: held.update({id(leaf): leaf}))
         frontier.seek(segment.name)
-        frontier.kept_outputs(segment.name)
+        frontier.cached_outputs(segment.name)
         with torch.no_grad():
             state = segment(state)
             output = segment.module(*frontier.inputs(segment.name))
@@ -316,20 +316,20 @@ def test_a_stage_runs_the_float_network_once_over_the_samples(make_network, adap
 def test_a_run_of_the_whole_prefix_for_every_segment_is_ten_times_the_work(network, adapter, states):
     names = [segment.name for segment in network.chain()]
     made = {}
-    for kind in (Frontier, PlainFrontier):
+    for kind in (Frontier, BaselineFrontier):
         frontier = kind(network, adapter, states, BATCH)
-        _, calls = segment_calls(network, adapter, lambda f=frontier: [f.kept_outputs(name) for name in names])
+        _, calls = segment_calls(network, adapter, lambda f=frontier: [f.cached_outputs(name) for name in names])
         assert frontier.calls == calls.total()
         made[kind] = calls
     assert made[Frontier] == Counter(dict.fromkeys(names, 4))
-    assert made[PlainFrontier] == Counter({name: 4 * (len(names) - i) for i, name in enumerate(names)})
+    assert made[BaselineFrontier] == Counter({name: 4 * (len(names) - i) for i, name in enumerate(names)})
 
 
 def test_the_plain_frontier_has_the_same_states(make_latent, latent_adapter, latent_states):
     network, data = make_latent("transformer"), latent_states("transformer")
-    frontier, plain = (kind(network, latent_adapter, data, BATCH) for kind in (Frontier, PlainFrontier))
+    frontier, plain = (kind(network, latent_adapter, data, BATCH) for kind in (Frontier, BaselineFrontier))
     for segment in latent_adapter.chain(network):
         pairs = zip(frontier.inputs(segment.name), plain.inputs(segment.name), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-        columns = (f.kept_outputs(segment.name)[slice(0, 20)] for f in (frontier, plain))
+        columns = (f.cached_outputs(segment.name)[slice(0, 20)] for f in (frontier, plain))
         assert torch.equal(*columns)

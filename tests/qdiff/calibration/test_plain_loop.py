@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qdiff.calibration.calibrate import RunOptions, calibrate
-from qdiff.calibration.frontier import Frontier, PlainFrontier
+from qdiff.calibration.frontier import BaselineFrontier, Frontier
 from qdiff.calibration.store import MemoryLimits
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.nn.layers import act_quantizers, quant_layers
@@ -23,7 +23,7 @@ CASES = [("quick", "ddim"), *(pytest.param(*case, marks=pytest.mark.long) for ca
 ONE_LEVEL = {"ch_mult": [1], "attn_resolutions": [8]}
 
 
-class Uneven(PlainFrontier):
+class Uneven(BaselineFrontier):
     """The plain loop, with batches of another size: float sums come out a little different."""
 
     def __init__(self, network, adapter, data, batch_size=16, store=None):
@@ -31,7 +31,7 @@ class Uneven(PlainFrontier):
 
 
 # Compensated rounding turns any change of sums into other codes near ties, and those into other numbers from there on.
-PLAIN = {"quick": PlainFrontier, "q-diffusion": Uneven}
+PLAIN = {"quick": BaselineFrontier, "q-diffusion": Uneven}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qdiff.calibration.store
-from qdiff.calibration.store import PLACES, Column, MemoryLimits, Rows, Store, map_leaves, plain
+from qdiff.calibration.store import PLACES, Column, MemoryLimits, Rows, Store, map_leaves, read_rows
 
 CPU = torch.device("cpu")
 ROW = torch.zeros(1, 3, 5)  # 60 bytes a row in float32
@@ -272,9 +272,9 @@ def test_rows_are_read_once_and_only_if_used(column, values, monkeypatch):
     assert unused.column is column and len(reads) == 1
 
 
-def test_plain_reads_rows_in_lists_and_tuples_too(column, values):
+def test_rows_are_read_in_lists_and_tuples_too(column, values):
     rows = Rows(column, slice(0, 2))
-    found = plain((rows, [rows, 3], None, OTHER))
+    found = read_rows((rows, [rows, 3], None, OTHER))
     assert isinstance(found, tuple) and isinstance(found[1], list)
     assert torch.equal(found[0], values[:2]) and torch.equal(found[1][0], values[:2])
     assert found[1][1:] == [3] and found[2] is None and found[3] is OTHER

@@ -10,9 +10,9 @@ from running import call, passed, refused, tree
 from ddim.pretrained import build_network, load_config
 from qdiff.calibration.calibrate import calibrate
 from qdiff.calibration.context import RunOptions
-from qdiff.calibration.frontier import PlainFrontier
+from qdiff.calibration.frontier import BaselineFrontier
 from qdiff.calibration.selectors import CalibrationSet
-from qdiff.cli.benchmark.plain_calibration import plain_optimise
+from qdiff.cli.benchmark.plain_calibration import baseline_optimise
 from qdiff.families import adapter_for
 from qdiff.methods import MethodOptions, make_recipe
 from qdiff.nn.layers import quant_layers
@@ -95,7 +95,7 @@ def test_the_plain_loop_comes_to_the_same_result(tiny, method):
     ranges = {"weight_range": "minmax", "act_range": "minmax"}
     options = MethodOptions(4, 8, True, split=True, batch_size=4, iterations=6, act_iterations=4, **ranges)
     recipe, data = make_recipe(method, options), CalibrationSet(x, t, torch.zeros(6))
-    plain = RunOptions(frontier=PlainFrontier, optimise=plain_optimise)
+    plain = RunOptions(frontier=BaselineFrontier, optimise=baseline_optimise)
     runs = [calibrate(network, adapter_for("ddim"), recipe, data, 1, options=o) for o in (RunOptions(), plain)]
     ours, theirs = (quant_layers(run.network) for run in runs)
     for name, layer in ours.items():
