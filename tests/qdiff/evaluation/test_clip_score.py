@@ -23,7 +23,6 @@ def folder(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision, projection_dim=8))
-        model.visual_projection.weight.data.neg_()  # the seed's cosines are below 0
     model.save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     CLIPImageProcessor(**sizes).save_pretrained(folder)
@@ -32,12 +31,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def clip(folder):
-    return ClipScore(folder)
-
-
 PROMPTS = ["a photo of a cat", "a dog", "a blurry photo of a truck"]
+
+
+@pytest.fixture(scope="module")
+def clip(folder, cifar_test):
+    """With cosines above 0: which sign random weights give depends on the version that draws them."""
+    clip = ClipScore(folder)
+    if clip(cifar_test[0][:3], PROMPTS).sum() == 0:
+        clip.model.visual_projection.weight.data.neg_()
+    return clip
 
 
 @torch.no_grad()
