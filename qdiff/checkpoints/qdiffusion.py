@@ -138,7 +138,7 @@ def check_recipe(published: Published, recipe: Recipe, activations: bool) -> Non
         raise _contradiction("split", recipe.split_shortcuts, path, has)
     if recipe.weights.bits not in (bits := published.weight_bits()):
         wrong = f" {recipe.weights.bits}: contradicts {path}, whose codes have {bits[-1]} bits"
-        raise FieldError("weights.bits", wrong)
+        raise FieldError("weight_bits", wrong)
     if not activations:
         return
     if not published.has_activations:

@@ -13,6 +13,7 @@ FLAGS = {
     "softmax.bits": "--sm_abit",
     "selector.steps": "--cali_st",
     "selector.per_step": "--cali_n",
+    "weight_bits": "--weight_bit",
     "act_bits": "--quant_act",
     "act_symmetric": "--a_sym",
     "split": "--split",

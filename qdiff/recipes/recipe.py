@@ -98,7 +98,7 @@ class Selector:
         if self.radius is not None:
             within("selector.radius", self.radius, 0.0, 1e9)
         within("selector.variety", self.variety, 0.0, 1e9)
-        within("selector features", self.features, 1, 10**9)
+        within("selector.features", self.features, 1, 10**9)
 
     @property
     def seeds(self) -> int:
@@ -122,11 +122,11 @@ class StepGroups:
     hold_every: int | None = None
 
     def __post_init__(self) -> None:
-        within("step_groups count", self.count, 1, 10**6)
+        within("step_groups.count", self.count, 1, 10**6)
         one_of("step_groups lookup", self.lookup, ("nearest", "hold"))
         for name in ("size", "hold_every"):
             if getattr(self, name) is not None:
-                within(f"step_groups {name}", getattr(self, name), 1, 10**6)
+                within(f"step_groups.{name}", getattr(self, name), 1, 10**6)
         if self.size is not None and self.count != 1:
             raise ValueError(f"step_groups: expected count or size, found count {self.count} and size {self.size}")
 

@@ -141,8 +141,8 @@ def unsplit(golden, path):
 @pytest.mark.parametrize(
     ("change", "flags", "flag", "found"),
     [
-        (None, {"weight_bits": 8}, "weights.bits 8", "4 bits"),
-        (None, {"weight_bits": 2}, "weights.bits 2", "4 bits"),
+        (None, {"weight_bits": 8}, "weight_bits 8", "4 bits"),
+        (None, {"weight_bits": 2}, "weight_bits 2", "4 bits"),
         (None, {"split": False}, "split left out", "split shortcuts"),
         (unsplit, {}, "split", "none"),
         (None, {"symmetric": False}, "act_symmetric left out", "symmetric activations"),

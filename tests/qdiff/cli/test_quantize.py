@@ -1,12 +1,15 @@
 """From flags to a network: contradictions, calibration data that fit or not, what is loaded and what is written."""
 
 import logging
+import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from qdiff.calibration.trajectories import Trajectories, original_layout
 from qdiff.checkpoints.native import load_checkpoint
+from qdiff.cli.errors import told
 from qdiff.cli.flags import add_run_flags
 from qdiff.cli.parser import make_parser
 from qdiff.cli.quantize import calibrate_and_write, load_calibrated, plan_quantization, read_inputs
@@ -30,6 +33,14 @@ def flags(*given, family="latent"):
 
 def plan(*given, steps=10, **options):
     return plan_quantization(flags(*given, **options), steps, "--custom_steps 10")
+
+
+@contextmanager
+def refused_as(pattern):
+    """What the command line says of the error within the block."""
+    with pytest.raises(ValueError) as error:
+        yield
+    assert re.search(pattern, told(error.value)), told(error.value)
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +145,7 @@ def test_flags_that_contradict_one_another_are_named(given, message):
 
 def test_steps_of_given_data_are_counted_when_they_are_read(data, read):
     planned = plan("--ptq", "--method", "nearest", "--cali_st", 11, "--cali_n", 2, "--cali_data_path", data())
-    with pytest.raises(ValueError, match="selector.steps 11: the calibration data have only 10 steps"):
+    with refused_as("--cali_st 11: the calibration data have only 10 steps"):
         read("plain", planned)
 
 
@@ -250,11 +261,11 @@ def test_without_quant_act_a_files_activations_stay_out(calibrated, models, file
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weight_bit", 8, *ACTS], "(--weight_bit|weights.bits) 8: contradicts"),
+        (["--weight_bit", 8, *ACTS], "--weight_bit 8: contradicts"),
         (["--weight_bit", 4, "--quant_act", "--act_bit", 6], "--act_bit 6: contradicts"),
         (["--weight_bit", 4, *ACTS, "--sm_abit", 16], "--sm_abit 16: contradicts"),
         (["--weight_bit", 4, *ACTS, "--a_sym"], "--a_sym: contradicts"),
-        (["--weight_bit", 4, *ACTS, "--split"], "(--)?split: contradicts"),
+        (["--weight_bit", 4, *ACTS, "--split"], "--split: contradicts"),
     ],
     ids=["weights", "acts", "softmax", "symmetry", "split"],
 )
@@ -264,7 +275,7 @@ def test_without_quant_act_a_files_activations_stay_out(calibrated, models, file
 def test_flags_that_contradict_a_file_are_named(calibrated, models, file, given, message):
     _, folder = calibrated("transformer", *NEAREST, *ACTS)
     adapter, build, _ = models["transformer"]
-    with pytest.raises(ValueError, match=f"^{message} .*{file}"):
+    with refused_as(f"^{message} .*{file}"):
         load_calibrated(QuantizationOptions.of(flags("--ptq", *given, "--cali_ckpt", folder / file)), build, adapter)
 
 
@@ -272,7 +283,7 @@ def test_a_file_without_activations_has_none_to_use(calibrated, models):
     _, folder = calibrated("plain", *NEAREST)
     adapter, build, _ = models["plain"]
     for file in ("ckpt.pth", "ckpt.safetensors"):
-        with pytest.raises(ValueError, match=f"(--quant_act|act_bits): contradicts .*{file}, which holds no"):
+        with refused_as(f"--quant_act: contradicts .*{file}, which holds no activation"):
             load_calibrated(
                 QuantizationOptions.of(flags("--ptq", "--weight_bit", 4, *ACTS, "--cali_ckpt", folder / file)),
                 build,
@@ -313,8 +324,8 @@ def test_weights_of_a_file_with_new_activations(calibrated, name, file):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weight_bit", 4, "--split"], "split"),
-        (["--weight_bit", 8], "weight(s.|_)bits? 8"),
+        (["--weight_bit", 4, "--split"], "--split"),
+        (["--weight_bit", 8], "--weight_bit 8"),
     ],
     ids=["split", "bits"],
 )
@@ -322,7 +333,7 @@ def test_weights_of_another_structure_are_refused(calibrated, read, file, given,
     _, folder = calibrated("plain", *NEAREST)
     planned = plan("--ptq", *given, *ACTS, "--method", "nearest", "--cali_st", 2, "--resume_w", "--cali_ckpt",
                    folder / file)  # fmt: skip
-    with pytest.raises(ValueError, match=f"{message}.*{file}"):
+    with refused_as(f"{message}.*{file}"):
         read("plain", planned)
 
 
