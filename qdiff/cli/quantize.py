@@ -35,6 +35,7 @@ from qdiff.deploy.runtime import keeps_codes
 from qdiff.evaluation.report import REPORT_NAME, write
 from qdiff.evaluation.report_runs import calibration_report
 from qdiff.families import Adapter
+from qdiff.families.source import check_same_network
 from qdiff.methods import for_given_weights
 from qdiff.nn.layers import act_quantizers, quant_layers
 from qdiff.nn.surgery import insert_quantizers
@@ -304,16 +305,7 @@ def _load_native(
         found = load_integer(path, activations=activations)
     else:
         found = load_checkpoint(path)
-    if found.adapter.family != adapter.family:
-        raise ValueError(
-            f"{path}: made for a {found.adapter.family} model, the configuration is of a {adapter.family} one"
-        )
-    with torch.device("meta"):
-        expected = found.adapter.config_of(build())
-    config = found.adapter.config_of(found.network)
-    for key in expected:
-        if config.get(key) != expected[key] and key != "dropout":
-            raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {expected[key]}")
+    check_same_network(adapter, build, path, found.adapter.family, found.adapter.config_of(found.network))
     recipe = found.recipe
     if activations and recipe.activations is None:
         raise ValueError(f"--quant_act: contradicts {path}, which holds no activation quantizers")

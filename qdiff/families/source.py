@@ -156,12 +156,15 @@ def inputs(source: Source, shape: Sequence[int], batch_size: int, seed: int) -> 
     return x, t, torch.randn((batch_size, *source.context), generator=generator)
 
 
-def check_same_network(source: Source, path: Path, family: str, config: dict[str, Any]) -> None:
-    """Raise ValueError where a packed file, made for a network of `family` with `config`, is of another model."""
-    if family != source.adapter.family:
-        raise ValueError(f"{path}: made for a {family} model, this one is a {source.adapter.family} model")
+def check_same_network(
+    adapter: Adapter, build: Callable[[], nn.Module], path: Path, family: str, config: dict[str, Any]
+) -> None:
+    """Raise ValueError where a packed file, made for a network of `family` with `config`, is of another one than
+    `build` makes."""
+    if family != adapter.family:
+        raise ValueError(f"{path}: made for a {family} model, the configuration is of a {adapter.family} one")
     with torch.device("meta"):
-        expected = source.adapter.config_of(source.build())
+        expected = adapter.config_of(build())
     for key, value in expected.items():
         if config.get(key) != value and key != "dropout":
             raise ValueError(f"{path}: made for {key} {config.get(key)}, the configuration has {value}")

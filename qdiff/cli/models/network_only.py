@@ -51,7 +51,7 @@ class NamedModel:
 
     def check(self, path: Path, family: str, config: dict[str, Any]) -> None:
         """Raise ValueError where a packed file, made for a network of `family` with `config`, is of another model."""
-        check_same_network(self.source, path, family, config)
+        check_same_network(self.adapter, self.build, path, family, config)
 
     def inputs(self, batch_size: int, seed: int) -> tuple[Tensor, ...]:
         """x, t and, for networks that take one, a context: noise for one evaluation, at timesteps from 0 to T - 1."""
